@@ -1,0 +1,137 @@
+"""Configuration of channel-merged causal language models."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+FORMAT_VERSION = 1
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_channel_merged.ChannelMergedConfig",
+    "AutoModel": "modeling_channel_merged.ChannelMergedModel",
+    "AutoModelForCausalLM": "modeling_channel_merged.ChannelMergedForCausalLM",
+}
+
+POOLINGS = ("mean", "last")
+
+
+class ChannelMergedConfig(PreTrainedConfig):
+    """Configuration of `ChannelMergedForCausalLM`: N experts of one base architecture in one checkpoint.
+
+    Args:
+        text_config: configuration of the base architecture, a `PreTrainedConfig` or its dict.
+        expert_names: names of the N experts, in the order of their index.
+        rows: stored rows R of every channel-merged module, by its path in the base architecture. A path that is left
+            out has as many rows as channels (all experts share them).
+        router: `layers` (decoder blocks that the router's features pass through, at least 1), `pooling` ("mean" over
+            the attention mask or "last" token), `trunk_expert` (the expert whose weights make the features),
+            `default_expert` (answers while the router is untrained or less sure than `threshold`), `threshold`
+            (probability in [0, 1]; 0 always follows the router).
+        merge: how the checkpoint was made (recipe, revisions, method, seed, versions); only kept, never read.
+        format_version: version of the stored form.
+    """
+
+    model_type = "channel_merged"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+
+    text_config: dict | PreTrainedConfig | None = None
+    expert_names: list[str] | None = None
+    num_experts: int | None = None
+    rows: dict[str, int] | None = None
+    router: dict[str, Any] | None = None
+    merge: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.expert_names is None:
+            self.expert_names = [f"expert_{expert}" for expert in range(self.num_experts or 2)]
+        if self.num_experts is None:
+            self.num_experts = len(self.expert_names)
+        self.rows = dict(self.rows or {})
+        self.router = {
+            "layers": max(1, self.text_config.num_hidden_layers // 10),
+            "pooling": "mean",
+            "trunk_expert": self.expert_names[0],
+            "default_expert": self.expert_names[0],
+            "threshold": 0.0,
+            **(self.router or {}),
+        }
+        self.merge = dict(self.merge or {})
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.auto_map = dict(AUTO_MAP)
+        # Filled in only where missing, so that `config.pad_token_id` and the like answer as the base's config does.
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, token, None) is None:
+                setattr(self, token, getattr(self.text_config, token, None))
+        self.validate_architecture()
+
+    def validate_architecture(self):
+        """Raise ValueError with the field, its value and what was expected."""
+        names = self.expert_names
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {self.format_version}, but this code reads versions up to {FORMAT_VERSION}: "
+                "load it with the code files of the checkpoint itself (trust_remote_code=True) or update channel-merged"
+            )
+        if len(names) != self.num_experts:
+            raise ValueError(f"num_experts is {self.num_experts}, but expert_names has {len(names)}: {names}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"expert_names must differ from each other, got {names}")
+        for key in ("trunk_expert", "default_expert"):
+            if self.router[key] not in names:
+                raise ValueError(f"router.{key} is {self.router[key]!r}, expected one of {names}")
+        num_layers = self.text_config.num_hidden_layers
+        if not 1 <= self.router["layers"] <= num_layers:
+            raise ValueError(f"router.layers is {self.router['layers']}, expected 1 to {num_layers} (num_hidden_layers)")
+        if self.router["pooling"] not in POOLINGS:
+            raise ValueError(f"router.pooling is {self.router['pooling']!r}, expected one of {POOLINGS}")
+        if not 0 <= self.router["threshold"] <= 1:
+            raise ValueError(f"router.threshold is {self.router['threshold']}, expected a probability in [0, 1]")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @hidden_size.setter
+    def hidden_size(self, value: int):
+        self.text_config.hidden_size = value
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int):
+        self.text_config.vocab_size = value
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.text_config.num_hidden_layers
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int):
+        self.text_config.num_hidden_layers = value
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.text_config.num_attention_heads
+
+    @num_attention_heads.setter
+    def num_attention_heads(self, value: int):
+        self.text_config.num_attention_heads = value
+
+    def expert_id(self, expert: str | int) -> int:
+        """Index of an expert given by name or index; ValueError with the known names otherwise."""
+        if isinstance(expert, str):
+            if expert not in self.expert_names:
+                raise ValueError(f"unknown expert {expert!r}: this model has {self.expert_names}")
+            return self.expert_names.index(expert)
+        if isinstance(expert, bool) or not 0 <= expert < self.num_experts:
+            raise ValueError(f"expert index {expert} is out of range: this model has {self.num_experts} experts")
+        return int(expert)
+
+
+__all__ = ["ChannelMergedConfig"]

@@ -1,0 +1,538 @@
+"""Channel-merged causal language models: N experts of one base architecture in one set of weights, and their router.
+
+The model wraps the base architecture unchanged: `self.model` is the base's own causal language model whose linear maps,
+token embedding and norms were swapped for their N-expert forms. Each query is answered by one expert, picked by the
+router from the features of the first blocks run as the trunk expert (Channel Merging, Zhang et al., arXiv 2412.15283).
+"""
+
+import inspect
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from .active_experts import ActiveExperts, activate, active_or_none
+from .channel_merged_layers import ChannelIndexed, find_modules, resize_channels, swap_modules
+from .configuration_channel_merged import ChannelMergedConfig
+from .expert_router import ExpertRouter
+
+logger = logging.get_logger(__name__)
+
+# What the base architecture can do, its wrapper can.
+MIRRORED_FLAGS = (
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_compatible_flash_implementations",
+    "_can_compile_fullgraph",
+    "supports_gradient_checkpointing",
+)
+
+ExpertIndex = str | int | list[str | int] | torch.LongTensor
+
+
+@dataclass
+class RouterOutput(ModelOutput):
+    """Routing of a batch.
+
+    Attributes:
+        logits: (B, N) float32 router logits.
+        expert_index: (B,) int64 expert that answers each query.
+    """
+
+    logits: torch.FloatTensor | None = None
+    expert_index: torch.LongTensor | None = None
+
+
+@dataclass
+class ChannelMergedModelOutput(ModelOutput):
+    """Hidden states of the base architecture, with the routing that chose the experts.
+
+    Attributes:
+        last_hidden_state: (B, T, H).
+        past_key_values: the cache, which remembers the experts that filled it.
+        hidden_states, attentions: as in the base architecture.
+        router_logits: (B, N) float32; None where the experts were given.
+        expert_index: (B,) int64.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: torch.FloatTensor | None = None
+    expert_index: torch.LongTensor | None = None
+
+
+@dataclass
+class ChannelMergedCausalLMOutput(ModelOutput):
+    """Output of `ChannelMergedForCausalLM`.
+
+    Attributes:
+        loss: () language-modelling loss with `labels`, router loss with `expert_labels`.
+        logits: (B, T, V); -inf for tokens outside the vocabulary of the row's expert.
+        past_key_values: the cache, which remembers the experts that filled it.
+        hidden_states, attentions: as in the base architecture.
+        router_logits: (B, N) float32; None where the experts were given.
+        expert_index: (B,) int64.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: torch.FloatTensor | None = None
+    expert_index: torch.LongTensor | None = None
+
+
+class _TrunkDone(Exception):
+    """Leaves the forward pass once the router's features are there."""
+
+    def __init__(self, hidden_states: torch.Tensor):
+        self.hidden_states = hidden_states
+
+
+def _stop_after_trunk(block: nn.Module, args: tuple, output):
+    active = active_or_none()
+    if active is not None and active.trunk_only:
+        raise _TrunkDone(output[0] if isinstance(output, tuple) else output)
+
+
+@dataclass
+class _CacheExperts:
+    """The experts that filled a cache, kept on the cache object."""
+
+    expert_index: torch.LongTensor
+    active: ActiveExperts
+
+
+# Where `generate` finds the routing that happened inside of it.
+_last_routing: ContextVar[RouterOutput | None] = ContextVar("last_routing", default=None)
+
+
+class ChannelMergedPreTrainedModel(PreTrainedModel):
+    """Wraps a base architecture: building, loading, routing, and running it with the experts of a batch."""
+
+    config_class = ChannelMergedConfig
+    config: ChannelMergedConfig
+    base_model_prefix = "model"
+    _keep_in_fp32_modules = ["router"]
+    _keep_in_fp32_modules_strict = ["router"]
+
+    def __init__(self, config: ChannelMergedConfig):
+        inner_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.text_config), None)
+        if inner_class is None:
+            raise ValueError(f"text_config.model_type {config.text_config.model_type!r} has no causal language model")
+        for flag in MIRRORED_FLAGS:
+            setattr(self, flag, getattr(inner_class, flag))
+        super().__init__(config)
+        self.model = self._build_inner(inner_class._from_config(config.text_config))
+        self.router = ExpertRouter(config.hidden_size, config.num_experts, config.router["pooling"])
+        self.decoder_blocks()[config.router["layers"] - 1].register_forward_hook(_stop_after_trunk)
+        self.post_init()
+
+    def _build_inner(self, inner: PreTrainedModel) -> PreTrainedModel:
+        modules = find_modules(inner)
+        rows = dict(self.config.rows)
+        for path, spec in modules.channel.items():
+            if spec.tied_to is not None:
+                rows[path] = rows.get(spec.tied_to, spec.out_features)
+                tied = {f"{path}.rows.weight": f"{spec.tied_to}.rows.weight"}
+                inner._tied_weights_keys, inner.all_tied_weights_keys = tied, dict(tied)
+        swap_modules(inner, modules, rows, self.config.num_experts)
+        return inner
+
+    def _init_weights(self, module: nn.Module):
+        """The router starts at zero; the base architecture initialises everything else by its own rules."""
+        if module is self.router.head:
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def decoder_blocks(self) -> nn.ModuleList:
+        """The decoder blocks of the base architecture, in order."""
+        count = self.config.num_hidden_layers
+        for module in self.model.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return module
+        raise ValueError(f"{type(self.model).__name__} has no list of {count} decoder blocks")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.model.set_output_embeddings(value)
+
+    def channel_modules(self) -> dict[str, ChannelIndexed]:
+        """The channel-merged modules by their path in the base architecture."""
+        return {path: module for path, module in self.model.named_modules() if isinstance(module, ChannelIndexed)}
+
+    def _initialize_missing_keys(self, is_quantized: bool):
+        """Part of loading: an index cannot be made up, and a wrong one would read another channel's weights."""
+        for path, module in self.channel_modules().items():
+            if not getattr(module.channel_index, "_is_hf_initialized", False):
+                raise ValueError(f"the checkpoint has no model.{path}.channel_index: it is damaged or not channel-merged")
+            module.check_channel_index(path)
+        super()._initialize_missing_keys(is_quantized)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        """Let a recomputed block see the experts that were active when it first ran."""
+
+        def checkpoint_with_experts(function, *args, **checkpoint_kwargs):
+            active = active_or_none()
+
+            def run(*args, **kwargs):
+                with activate(active):
+                    return function(*args, **kwargs)
+
+            return gradient_checkpointing_func(run, *args, **checkpoint_kwargs)
+
+        super()._set_gradient_checkpointing(enable, checkpoint_with_experts, **kwargs)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Change the vocabulary; each new token is one row that all experts own.
+
+        Args:
+            new_num_tokens: the new vocabulary size; None keeps it, up to `pad_to_multiple_of`.
+            mean_resizing: new rows start at the mean of the stored rows, else from N(0, initializer_range).
+        """
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
+        if size == embedding.num_embeddings:
+            return embedding
+        std = None if mean_resizing else self.config.get_text_config().initializer_range
+        for module in (embedding, head):
+            if isinstance(module, ChannelIndexed):
+                resize_channels(module, size, std)
+        for path, module in self.channel_modules().items():
+            if module in (embedding, head):
+                self.config.rows[path] = module.num_rows
+        self.config.get_text_config().vocab_size = size
+        self.tie_weights()
+        return embedding
+
+    def freeze_for_router_training(self):
+        """Leave only the router trainable; its loss is `model(input_ids, attention_mask, expert_labels=...)`."""
+        self.requires_grad_(False)
+        self.router.requires_grad_(True)
+
+    def expert_ids(self, expert_index: ExpertIndex, batch_size: int | None, device=None) -> torch.LongTensor:
+        """Experts given by name or index, one for all rows or one per row, as a (B,) int64 tensor.
+
+        Raises:
+            ValueError: an unknown name, an index out of range, or not one expert per row.
+        """
+        if isinstance(expert_index, torch.Tensor):
+            if expert_index.is_floating_point() or expert_index.dtype == torch.bool or expert_index.dim() > 1:
+                raise ValueError(
+                    "expert_index must be an integer tensor of shape (B,), "
+                    f"got {expert_index.dtype} of shape {tuple(expert_index.shape)}"
+                )
+            expert_index = expert_index.tolist()
+        if isinstance(expert_index, str | int):
+            experts = [self.config.expert_id(expert_index)] * (1 if batch_size is None else batch_size)
+        else:
+            experts = [self.config.expert_id(expert) for expert in expert_index]
+        if batch_size is not None and len(experts) != batch_size:
+            raise ValueError(f"expert_index names {len(experts)} experts for a batch of {batch_size} rows")
+        return torch.tensor(experts, device=device)
+
+    @torch.no_grad()
+    def route(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+    ) -> RouterOutput:
+        """Which expert should answer each query: (B, T) token ids, or (B, T, H) embeddings, with their (B, T) mask."""
+        # Through __call__, so that the hooks of sharded and offloaded models run.
+        return self(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, router_only=True
+        )
+
+    def router_logits(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+    ) -> torch.FloatTensor:
+        """(B, N) float32 logits, running only the first `config.router["layers"]` blocks as the trunk expert."""
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+        decoder = self.model.base_model
+        arguments = {"attention_mask": attention_mask, "use_cache": False}
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
+            arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        trunk = ActiveExperts(self.config.expert_id(self.config.router["trunk_expert"]), trunk_only=True)
+        try:
+            with activate(trunk), torch.no_grad():
+                decoder(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)
+        except _TrunkDone as done:
+            hidden_states = done.hidden_states
+        return self.router(hidden_states.to(self.router.head.weight.device), attention_mask)
+
+    def choose_experts(self, router_logits: torch.FloatTensor) -> torch.LongTensor:
+        """(B, N) logits -> (B,) experts; the default expert while untrained or less sure than the threshold."""
+        default = self.config.expert_id(self.config.router["default_expert"])
+        if not self.router.is_trained:
+            logger.warning_once(
+                f"The router of this model is untrained: every query is answered by {self.config.expert_names[default]!r}. "
+                "Train it with `channel-merge train-router`, or name an expert with `expert_index`."
+            )
+            return torch.full_like(router_logits[:, 0], default, dtype=torch.int64)
+        probability, experts = router_logits.softmax(-1).max(-1)
+        return experts.where(probability >= self.config.router["threshold"], default)
+
+    def _route(self, input_ids, attention_mask, inputs_embeds) -> RouterOutput:
+        logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
+        return RouterOutput(logits=logits, expert_index=self.choose_experts(logits).to(logits.device))
+
+    def _experts_of_batch(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        past_key_values: Cache | None,
+        expert_index: ExpertIndex | None,
+    ) -> tuple[ActiveExperts, torch.LongTensor, torch.FloatTensor | None]:
+        """Experts of a batch, their (B,) index, and the router logits where the router was asked.
+
+        A filled cache keeps the experts that filled it; another expert's keys and values would be wrong silently.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        cached = experts_of_cache(past_key_values)
+        if expert_index is None:
+            if cached is not None:
+                return cached.active, cached.expert_index, None
+            routing = self._route(input_ids, attention_mask, inputs_embeds)
+            return ActiveExperts.from_index(routing.expert_index), routing.expert_index, routing.logits
+        if cached is not None and expert_index is cached.expert_index:
+            return cached.active, cached.expert_index, None
+        expert_index = self.expert_ids(expert_index, inputs.shape[0], inputs.device)
+        if cached is not None and expert_index.shape == cached.expert_index.shape:
+            self._check_same_experts(expert_index, cached.expert_index)
+        return ActiveExperts.from_index(expert_index), expert_index, None
+
+    def _check_same_experts(self, expert_index: torch.LongTensor, cached: torch.LongTensor):
+        for row, (wanted, filled) in enumerate(zip(expert_index.tolist(), cached.tolist())):
+            if wanted != filled:
+                names = self.config.expert_names
+                raise ValueError(
+                    f"row {row} asks for expert {names[wanted]!r}, but past_key_values was filled by {names[filled]!r}: "
+                    "start from an empty cache to change the expert"
+                )
+
+
+def experts_of_cache(past_key_values: Cache | None) -> _CacheExperts | None:
+    """The experts that filled a cache; None for no cache or an empty one."""
+    experts = getattr(past_key_values, "channel_merged_experts", None)
+    return experts if experts is not None and past_key_values.get_seq_length() > 0 else None
+
+
+class ChannelMergedModel(ChannelMergedPreTrainedModel):
+    """The base architecture without its head: hidden states of the expert that each query is routed to."""
+
+    def _build_inner(self, inner: PreTrainedModel) -> PreTrainedModel:
+        head = inner.get_output_embeddings()
+        head_path = next(path for path, module in inner.named_modules() if module is head)
+        inner = super()._build_inner(inner)
+        inner.set_submodule(head_path, nn.Identity())
+        inner._tied_weights_keys, inner.all_tied_weights_keys = {}, {}
+        self._keys_to_ignore_on_load_unexpected = [rf"^model\.{head_path}\."]
+        return inner
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        expert_index: ExpertIndex | None = None,
+        router_only: bool = False,
+        **kwargs,
+    ) -> ChannelMergedModelOutput | RouterOutput:
+        """Hidden states (B, T, H) of the expert of each row: `expert_index`, else the cache's, else the router's."""
+        if router_only:
+            return self._route(input_ids, attention_mask, inputs_embeds)
+        active, expert_index, router_logits = self._experts_of_batch(
+            input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
+        )
+        with activate(active):
+            outputs = self.model.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **({} if position_ids is None else {"position_ids": position_ids}),
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.channel_merged_experts = _CacheExperts(expert_index, active)
+        return ChannelMergedModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=router_logits,
+            expert_index=expert_index,
+        )
+
+
+class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
+    """N experts of one base causal language model, and the router that picks one per query.
+
+    ```python
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    model.generate(**inputs)                        # routes each prompt by itself
+    model.generate(**inputs, expert_index="math")   # or an index, a list, or a LongTensor (B,)
+    ```
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        expert_index: ExpertIndex | None = None,
+        expert_labels: torch.LongTensor | None = None,
+        router_only: bool = False,
+        **kwargs,
+    ) -> ChannelMergedCausalLMOutput | RouterOutput:
+        """Logits of the expert of each row: `expert_index`, else the one that filled the cache, else the router's.
+
+        Args:
+            input_ids: (B, T); attention_mask: (B, T); the rest as in the base architecture.
+            labels: (B, T) for the language-modelling loss. The choice of an expert has no gradient, so the router does
+                not learn from it.
+            expert_index: name, index, list of B of them, or (B,) int64 tensor.
+            expert_labels: (B,) int64 right experts: returns the router's cross-entropy and logits, and runs only the
+                layers that the router needs.
+            router_only: return the `RouterOutput` alone.
+        """
+        if router_only:
+            return self._route(input_ids, attention_mask, inputs_embeds)
+        if expert_labels is not None:
+            if labels is not None:
+                raise ValueError("give labels (language modelling) or expert_labels (router), not both")
+            router_logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
+            loss = F.cross_entropy(router_logits, expert_labels.to(router_logits.device))
+            return ChannelMergedCausalLMOutput(loss=loss, router_logits=router_logits)
+        active, expert_index, router_logits = self._experts_of_batch(
+            input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
+        )
+        with activate(active):
+            outputs = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                **({} if position_ids is None else {"position_ids": position_ids}),
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if outputs.past_key_values is not None:
+            outputs.past_key_values.channel_merged_experts = _CacheExperts(expert_index, active)
+        return ChannelMergedCausalLMOutput(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=router_logits,
+            expert_index=expert_index,
+        )
+
+    def generate(self, *args, expert_index: ExpertIndex | None = None, **kwargs):
+        """`GenerationMixin.generate`, each prompt answered by one expert.
+
+        Args:
+            expert_index: name, index, list of B of them, or (B,) int64 tensor; None routes each prompt by itself, once.
+
+        Returns:
+            As in Transformers. With `return_dict_in_generate=True` the output also carries `expert_index` (B,) and
+            `router_logits` (B, N; None where the experts were given), per prompt.
+        """
+        if expert_index is not None:
+            # Before the batch is known: a wrong name should not wait for the inputs to be prepared.
+            self.expert_ids(expert_index, None)
+            kwargs["expert_index"] = expert_index
+        token = _last_routing.set(None)
+        try:
+            outputs = super().generate(*args, **kwargs)
+            routing = _last_routing.get()
+        finally:
+            _last_routing.reset(token)
+        if isinstance(outputs, ModelOutput):
+            outputs["expert_index"], outputs["router_logits"] = routing.expert_index, routing.logits
+        return outputs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, expert_index=None, **model_kwargs
+    ):
+        """Called once per `generate`, before beams and returned sequences multiply the batch: the place to route."""
+        _, expert_index, router_logits = self._experts_of_batch(
+            # With inputs_embeds, `generate` hands over empty input_ids.
+            None if model_kwargs.get("inputs_embeds") is not None else input_ids,
+            model_kwargs.get("attention_mask"),
+            model_kwargs.get("inputs_embeds"),
+            model_kwargs.get("past_key_values"),
+            expert_index,
+        )
+        _last_routing.set(RouterOutput(logits=router_logits, expert_index=expert_index))
+        return super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, expert_index=expert_index, **model_kwargs
+        )
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        """A draft model of another class knows no experts."""
+        if assistant_model is not None and not isinstance(assistant_model, ChannelMergedForCausalLM):
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "expert_index"}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "continuous batching packs queries of different experts into one row, which channel-merged models cannot "
+            "run yet: use generate, or export one expert and serve that"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
+
+__all__ = ["ChannelMergedModel", "ChannelMergedForCausalLM"]
