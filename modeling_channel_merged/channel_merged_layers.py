@@ -1,10 +1,10 @@
 """Modules that hold N experts where the base architecture holds one, and the swap that puts them in place.
 
-| in the base architecture           | here                  | tensors                                                  |
-|------------------------------------|-----------------------|----------------------------------------------------------|
-| nn.Linear, its subclasses, Conv1D  | `ChannelMergedLinear` | `rows.weight` (R, I), `rows.bias` (R,), `channel_index`  |
-| token embedding                    | `ChannelMergedEmbedding` | `rows.weight` (R, H), `channel_index`                 |
-| norms, learned positions           | `PerExpert`           | `experts.<e>.<parameter>`, exact copies                  |
+| in the base architecture          | here                     | tensors                                           |
+|-----------------------------------|--------------------------|---------------------------------------------------|
+| nn.Linear, its subclasses, Conv1D | `ChannelMergedLinear`    | `rows.weight` (R, I), `.bias` (R,), `channel_index` |
+| token embedding                   | `ChannelMergedEmbedding` | `rows.weight` (R, H), `channel_index`             |
+| norms, learned positions          | `PerExpert`              | `experts.<e>.<parameter>`, exact copies           |
 
 `channel_index` is int32 (N, O). Shapes: N experts, O channels, I inputs, H hidden size, R rows, B batch, T tokens.
 """
@@ -45,7 +45,7 @@ def initial_channel_index(num_experts: int, num_channels: int, num_rows: int) ->
 
 
 class ChannelIndexed(nn.Module):
-    """Base of the modules whose channels read stored rows: `rows` (an nn.Linear or nn.Embedding) and `channel_index`."""
+    """Base of the modules whose channels read stored rows: `rows` (nn.Linear or nn.Embedding) and `channel_index`."""
 
     rows: nn.Module
     channel_index: torch.Tensor
@@ -76,9 +76,9 @@ class ChannelIndexed(nn.Module):
 class ChannelMergedLinear(ChannelIndexed):
     """N linear maps (I -> O) that share rows.
 
-    One expert's product is a plain matrix product per run of consecutive rows and a gather of the outputs. Where `rows`
-    is anything but a plain nn.Linear with a plain weight (quantized, adapted, sharded, offloaded) it is called as it is
-    and its R outputs are gathered.
+    One expert's product is a plain matrix product per run of consecutive rows and a gather of the outputs. Where
+    `rows` is anything but a plain nn.Linear with a plain weight (quantized, adapted, sharded, offloaded), it is called
+    as it is and its R outputs are gathered.
     """
 
     lowest_index = -1  # a token that an expert's vocabulary does not have
@@ -149,9 +149,9 @@ class ChannelMergedLinear(ChannelIndexed):
             may_miss = any(runs.missing is not None for runs in self.runs)
             return gather_channels(self.rows(hidden_states), self.channel_index, index, may_miss)
         order, restore = active.order.to(hidden_states.device), active.restore.to(hidden_states.device)
-        return grouped_linear(
-            hidden_states[order], self.rows.weight, self.rows.bias, self.runs, active.counts
-        )[restore]
+        return grouped_linear(hidden_states[order], self.rows.weight, self.rows.bias, self.runs, active.counts)[
+            restore
+        ]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"
@@ -234,7 +234,7 @@ class PerExpert(nn.Module):
 
 
 def split_batch(call, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
-    """`call(hidden_states, active)` on (B, *, I), also where an architecture flattened batch and tokens to (B * T, I)."""
+    """`call(hidden_states, active)` on (B, *, I), also where an architecture flattened it to (B * T, I)."""
     leading, batch = hidden_states.shape[0], len(active.expert_index)
     if leading == batch:
         return call(hidden_states, active)
@@ -293,7 +293,8 @@ def find_modules(inner: nn.Module) -> ModuleMap:
             channel[path] = ChannelModule("conv1d", *module.weight.shape, True)
         elif any(True for _ in module.children()):
             raise ValueError(
-                f"{name} is not supported: {path} ({type(module).__name__}) holds {sorted(parameters)} beside submodules"
+                f"{name} is not supported: {path} ({type(module).__name__}) holds {sorted(parameters)} beside its "
+                "submodules"
             )
         elif any(parameter.dim() > 2 for parameter in parameters.values()):
             raise ValueError(
@@ -330,13 +331,17 @@ def swap_modules(inner: nn.Module, modules: ModuleMap, rows: dict[str, int], num
 
 @torch.no_grad()
 def resize_channels(module: ChannelIndexed, num_channels: int, std: float | None):
-    """Change the channel count of an embedding or head in place: added channels get one row each, owned by all experts.
+    """Change the channel count of an embedding or head in place; an added channel is one row that all experts own.
 
     Args:
         num_channels: the new O; a smaller one drops the last channels and the rows that only they read.
         std: standard deviation of the new rows; None starts them at the mean of the stored rows.
     """
-    index, weight, bias = module.channel_index[:, :num_channels], module.rows.weight, getattr(module.rows, "bias", None)
+    index, weight, bias = (
+        module.channel_index[:, :num_channels],
+        module.rows.weight,
+        getattr(module.rows, "bias", None),
+    )
     added = num_channels - module.channel_index.shape[1]
     if added > 0:
         new = weight.new_empty(added, weight.shape[1])

@@ -15,12 +15,13 @@ of the outputs into channel order.
 Shapes: N experts, O channels, I inputs, R rows, B batch, T tokens; `*` is any number of leading dimensions.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# For N = 4 this Gray cycle splits its 8 runs evenly over the experts (1, 3, 2, 2); the reflected code gives (4, 2, 1, 1).
+# For N = 4 this Gray cycle splits its 8 runs as (1, 3, 2, 2) over the experts; the reflected code gives (4, 2, 1, 1).
 BALANCED_OWNER_ORDER = {4: (8, 10, 2, 6, 4, 12, 14, 15, 13, 9, 11, 3, 7, 5, 1)}
 
 # A mixed batch of at most this many tokens multiplies all R rows once; above it each expert multiplies its own tokens.
@@ -100,7 +101,7 @@ def expert_runs(channel_index: torch.Tensor) -> tuple[ExpertRuns, ...]:
         rows = torch.unique(index[~missing])  # sorted
         breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
         edges = [0, *breaks.tolist(), len(rows)]
-        slices = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in zip(edges, edges[1:]) if b > a)
+        slices = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(edges) if b > a)
         gather = torch.searchsorted(rows, index.clamp(min=0))
         gather[missing] = 0
         in_order = len(rows) == len(index) and torch.equal(gather, torch.arange(len(index)))
@@ -126,7 +127,7 @@ def reference_linear(
     channel_index: torch.Tensor,
     expert_index: torch.Tensor,
 ) -> torch.Tensor:
-    """The plain definition: every batch row multiplies the weight rows that its expert reads. Slow; the truth in tests.
+    """The plain definition, slow, and the truth in tests: each batch row multiplies the rows that its expert reads.
 
     Args:
         hidden_states: (B, *, I).
@@ -138,7 +139,7 @@ def reference_linear(
         (B, *, O) in the dtype of `hidden_states`.
     """
     outputs = []
-    for row, expert in zip(hidden_states, expert_index.tolist()):
+    for row, expert in zip(hidden_states, expert_index.tolist(), strict=True):
         index = channel_index[expert].long()
         rows = index.clamp(min=0)
         output = F.linear(row, weight[rows], None if bias is None else bias[rows])
@@ -183,7 +184,9 @@ def grouped_linear(
         (B, *, O) in the same order.
     """
     parts = hidden_states.split([count for _, count in counts])
-    return torch.cat([run_linear(part, weight, bias, runs[expert]) for part, (expert, _) in zip(parts, counts)])
+    experts = [expert for expert, _ in counts]
+    outputs = [run_linear(part, weight, bias, runs[expert]) for part, expert in zip(parts, experts, strict=True)]
+    return torch.cat(outputs)
 
 
 def gather_channels(

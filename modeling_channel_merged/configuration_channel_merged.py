@@ -74,7 +74,7 @@ class ChannelMergedConfig(PreTrainedConfig):
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {self.format_version}, but this code reads versions up to {FORMAT_VERSION}: "
-                "load it with the code files of the checkpoint itself (trust_remote_code=True) or update channel-merged"
+                "load it with the checkpoint's own code files (trust_remote_code=True) or update channel-merged"
             )
         if len(names) != self.num_experts:
             raise ValueError(f"num_experts is {self.num_experts}, but expert_names has {len(names)}: {names}")
@@ -85,7 +85,9 @@ class ChannelMergedConfig(PreTrainedConfig):
                 raise ValueError(f"router.{key} is {self.router[key]!r}, expected one of {names}")
         num_layers = self.text_config.num_hidden_layers
         if not 1 <= self.router["layers"] <= num_layers:
-            raise ValueError(f"router.layers is {self.router['layers']}, expected 1 to {num_layers} (num_hidden_layers)")
+            raise ValueError(
+                f"router.layers is {self.router['layers']}, expected 1 to {num_layers} (num_hidden_layers)"
+            )
         if self.router["pooling"] not in POOLINGS:
             raise ValueError(f"router.pooling is {self.router['pooling']!r}, expected one of {POOLINGS}")
         if not 0 <= self.router["threshold"] <= 1:

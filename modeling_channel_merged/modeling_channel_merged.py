@@ -1,8 +1,9 @@
 """Channel-merged causal language models: N experts of one base architecture in one set of weights, and their router.
 
-The model wraps the base architecture unchanged: `self.model` is the base's own causal language model whose linear maps,
-token embedding and norms were swapped for their N-expert forms. Each query is answered by one expert, picked by the
-router from the features of the first blocks run as the trunk expert (Channel Merging, Zhang et al., arXiv 2412.15283).
+The model wraps the base architecture unchanged: `self.model` is the base's own causal language model whose linear
+maps, token embedding and norms were swapped for their N-expert forms. Each query is answered by one expert, picked by
+the router from the features of the first blocks run as the trunk expert (Channel Merging, Zhang et al., arXiv
+2412.15283).
 """
 
 import inspect
@@ -188,7 +189,9 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         """Part of loading: an index cannot be made up, and a wrong one would read another channel's weights."""
         for path, module in self.channel_modules().items():
             if not getattr(module.channel_index, "_is_hf_initialized", False):
-                raise ValueError(f"the checkpoint has no model.{path}.channel_index: it is damaged or not channel-merged")
+                raise ValueError(
+                    f"the checkpoint has no model.{path}.channel_index: it is damaged or not channel-merged"
+                )
             module.check_channel_index(path)
         super()._initialize_missing_keys(is_quantized)
 
@@ -267,9 +270,7 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
     ) -> RouterOutput:
         """Which expert should answer each query: (B, T) token ids, or (B, T, H) embeddings, with their (B, T) mask."""
         # Through __call__, so that the hooks of sharded and offloaded models run.
-        return self(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, router_only=True
-        )
+        return self(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, router_only=True)
 
     def router_logits(
         self,
@@ -298,7 +299,8 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         default = self.config.expert_id(self.config.router["default_expert"])
         if not self.router.is_trained:
             logger.warning_once(
-                f"The router of this model is untrained: every query is answered by {self.config.expert_names[default]!r}. "
+                "The router of this model is untrained: every query is answered by "
+                f"{self.config.expert_names[default]!r}. "
                 "Train it with `channel-merge train-router`, or name an expert with `expert_index`."
             )
             return torch.full_like(router_logits[:, 0], default, dtype=torch.int64)
@@ -336,12 +338,12 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         return ActiveExperts.from_index(expert_index), expert_index, None
 
     def _check_same_experts(self, expert_index: torch.LongTensor, cached: torch.LongTensor):
-        for row, (wanted, filled) in enumerate(zip(expert_index.tolist(), cached.tolist())):
+        for row, (wanted, filled) in enumerate(zip(expert_index.tolist(), cached.tolist(), strict=True)):
             if wanted != filled:
                 names = self.config.expert_names
                 raise ValueError(
-                    f"row {row} asks for expert {names[wanted]!r}, but past_key_values was filled by {names[filled]!r}: "
-                    "start from an empty cache to change the expert"
+                    f"row {row} asks for expert {names[wanted]!r}, but past_key_values was filled by "
+                    f"{names[filled]!r}: start from an empty cache to change the expert"
                 )
 
 
@@ -481,7 +483,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
         """`GenerationMixin.generate`, each prompt answered by one expert.
 
         Args:
-            expert_index: name, index, list of B of them, or (B,) int64 tensor; None routes each prompt by itself, once.
+            expert_index: name, index, list of B of them, or (B,) int64 tensor; None routes each prompt, once.
 
         Returns:
             As in Transformers. With `return_dict_in_generate=True` the output also carries `expert_index` (B,) and

@@ -1,0 +1,50 @@
+"""The configuration says what is wrong with it, and survives a round trip."""
+
+import pytest
+from transformers import LlamaConfig
+
+from modeling_channel_merged import ChannelMergedConfig
+
+
+def make(**kwargs):
+    return ChannelMergedConfig(text_config=LlamaConfig(num_hidden_layers=4, pad_token_id=0), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"expert_names": ["a", "a"]}, r"expert_names must differ.*\['a', 'a'\]"),
+        ({"expert_names": ["a", "b"], "num_experts": 3}, "num_experts is 3, but expert_names has 2"),
+        ({"expert_names": ["a", "b"], "router": {"layers": 5}}, "router.layers is 5, expected 1 to 4"),
+        ({"expert_names": ["a", "b"], "router": {"trunk_expert": "c"}}, "router.trunk_expert is 'c'"),
+        ({"expert_names": ["a", "b"], "router": {"default_expert": "c"}}, "router.default_expert is 'c'"),
+        ({"expert_names": ["a", "b"], "router": {"pooling": "max"}}, "router.pooling is 'max'"),
+        ({"expert_names": ["a", "b"], "router": {"threshold": 1.5}}, "router.threshold is 1.5"),
+        ({"expert_names": ["a", "b"], "format_version": 99}, "format_version is 99"),
+    ],
+)
+def test_wrong_values_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make(**kwargs)
+
+
+def test_round_trip(tmp_path):
+    config = make(expert_names=["a", "b"], rows={"lm_head": 40000}, router={"layers": 2}, merge={"seed": 3})
+    config.save_pretrained(tmp_path)
+    loaded = ChannelMergedConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded.text_config, LlamaConfig)
+    for field in ("expert_names", "num_experts", "rows", "router", "merge", "format_version", "auto_map"):
+        assert getattr(loaded, field) == getattr(config, field)
+    assert set(loaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_answers_for_the_base():
+    config = make(expert_names=["a", "b"])
+    assert (config.hidden_size, config.num_hidden_layers, config.pad_token_id) == (4096, 4, 0)
+    assert config.get_text_config() is config.text_config
+
+
+@pytest.mark.parametrize("expert", ["c", 2, -1, True])
+def test_unknown_expert(expert):
+    with pytest.raises(ValueError, match="this model has"):
+        make(expert_names=["a", "b"]).expert_id(expert)

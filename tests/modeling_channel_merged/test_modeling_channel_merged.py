@@ -1,0 +1,530 @@
+"""The whole model: every expert is the dense model it came from, alone and mixed, in forward and in generate."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, TextStreamer
+from transformers.utils import logging
+
+from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM, ChannelMergedModel
+
+from .conftest import CONFIGS, dense_expert, random_model
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def rms(values):
+    return values.double().square().mean().sqrt()
+
+
+def assert_close_to_dense(logits, dense, input_ids):
+    """At most twice the error of the dense model, both against the dense model in float64 (invariant 1)."""
+    with torch.no_grad():
+        plain = dense(input_ids).logits
+        truth = copy.deepcopy(dense).double()(input_ids).logits
+    assert rms(logits - truth) <= 2 * rms(plain - truth)
+
+
+def left_padded(input_ids, count):
+    padding = input_ids.new_zeros(len(input_ids), count)
+    padded = torch.cat([padding, input_ids], dim=1)
+    return padded, (padded != 0).long()
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 4, 5])
+def test_every_expert_is_its_dense_model(text_config, num_experts, prompts):
+    """Alone and in a mixed batch; one expert alone that reads one run is bit-equal where nothing is gathered."""
+    model = random_model(text_config, num_experts)
+    experts = [expert % num_experts for expert in (0, num_experts - 1, 1)]
+    with torch.no_grad():
+        mixed = model(prompts, expert_index=experts).logits
+        for row, expert in enumerate(experts):
+            dense = dense_expert(model, expert)
+            assert_close_to_dense(
+                model(prompts[row : row + 1], expert_index=expert).logits, dense, prompts[row : row + 1]
+            )
+            assert_close_to_dense(mixed[row : row + 1], dense, prompts[row : row + 1])
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 4])
+def test_unmerged_experts_are_bit_equal(text_config, num_experts, prompts):
+    """Where an expert's rows are one run in channel order, nothing differs from the dense model, not even rounding."""
+    model = random_model(text_config, num_experts)
+    with torch.no_grad():
+        for module in model.channel_modules().values():
+            num_channels = module.channel_index.shape[1]
+            module.channel_index.copy_(torch.arange(num_channels).repeat(num_experts, 1))
+        for expert in range(num_experts):
+            expected = dense_expert(model, expert)(prompts).logits
+            assert torch.equal(model(prompts, expert_index=expert).logits, expected)
+
+
+def test_batch_order_and_padding_change_nothing(text_config, prompts):
+    model, experts = random_model(text_config, 3), [2, 0, 1]
+    order = [1, 2, 0]
+    padded, mask = left_padded(prompts, 4)
+    with torch.no_grad():
+        logits = model(prompts, expert_index=experts).logits
+        shuffled = model(prompts[order], expert_index=[experts[row] for row in order]).logits
+        shifted = model(
+            padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), expert_index=experts
+        )
+    torch.testing.assert_close(shuffled, logits[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shifted.logits[:, 4:], logits, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_routes_when_no_expert_is_given(llama_model, prompts):
+    with torch.no_grad():
+        output, routing = llama_model(prompts), llama_model.route(prompts)
+        given = llama_model(prompts, expert_index=routing.expert_index)
+    assert len(set(routing.expert_index.tolist())) > 1
+    assert torch.equal(output.router_logits, routing.logits) and torch.equal(output.expert_index, routing.expert_index)
+    assert torch.equal(output.logits, given.logits) and given.router_logits is None
+
+
+def test_expert_index_forms(llama_model, prompts):
+    """Name, index, list and tensor mean the same."""
+    forms = ["math", 1, ["math"] * 3, [1, "math", 1], torch.tensor([1, 1, 1]), torch.tensor(1)]
+    with torch.no_grad():
+        logits = [llama_model(prompts, expert_index=form).logits for form in forms]
+        generated = [llama_model.generate(prompts, expert_index=form, **GREEDY) for form in forms]
+    assert all(torch.equal(logits[0], other) for other in logits)
+    assert all(torch.equal(generated[0], other) for other in generated)
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("expert_index", "message"),
+    [
+        ("physics", r"unknown expert 'physics': this model has \['instruct', 'math', 'code'\]"),
+        (3, "expert index 3 is out of range: this model has 3 experts"),
+        (-1, "expert index -1 is out of range"),
+        ([0, 1], "names 2 experts for a batch of 3 rows"),
+        (torch.tensor([0, 1, 7]), "expert index 7 is out of range"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"integer tensor of shape \(B,\), got torch.float32"),
+        (torch.zeros(3, 1, dtype=torch.int64), r"got torch.int64 of shape \(3, 1\)"),
+    ],
+    ids=str,
+)
+def test_wrong_expert_index(llama_model, prompts, call, expert_index, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(llama_model, call)(prompts, expert_index=expert_index)
+
+
+def test_routing_runs_only_the_layers_that_it_needs(llama_model, prompts):
+    ran = []
+    for number, block in enumerate(llama_model.decoder_blocks()):
+        block.register_forward_pre_hook(lambda *args, number=number: ran.append(number))
+    llama_model.model.lm_head.register_forward_pre_hook(lambda *args: ran.append("head"))
+    llama_model.route(prompts)
+    llama_model(prompts, expert_labels=torch.tensor([0, 1, 2])).loss.backward()
+    assert ran == [0, 0]
+
+
+def test_router_features_are_the_trunk_experts(text_config, prompts):
+    """The mean hidden state of the trunk expert's dense model after the router's layers, normalised."""
+    model = random_model(text_config, 3)
+    model.config.router["trunk_expert"] = "code"
+    dense = dense_expert(model, 2)
+    with torch.no_grad():
+        hidden_states = dense(prompts, output_hidden_states=True).hidden_states[1]
+        expected = model.router.head(nn.functional.layer_norm(hidden_states.mean(1), hidden_states.shape[-1:]))
+    torch.testing.assert_close(model.route(prompts).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_routing_ignores_padding_and_batch(text_config, prompts, side):
+    model = random_model(text_config, 3)
+    padded, mask = left_padded(prompts, 5)
+    if side == "right":
+        padded, mask = padded.roll(-5, dims=1), mask.roll(-5, dims=1)
+    together = model.route(prompts).logits
+    torch.testing.assert_close(model.route(padded, mask).logits, together, rtol=1e-4, atol=1e-4)
+    for row in range(3):
+        alone = model.route(prompts[row : row + 1]).logits
+        torch.testing.assert_close(alone, together[row : row + 1], rtol=1e-4, atol=1e-4)
+
+
+def test_router_loss_and_gradients(llama_model, prompts):
+    labels = torch.tensor([0, 1, 2])
+    llama_model.freeze_for_router_training()
+    output = llama_model(prompts, expert_labels=labels)
+    assert torch.equal(output.loss, nn.functional.cross_entropy(output.router_logits, labels))
+    output.loss.backward()
+    trained = {name for name, parameter in llama_model.named_parameters() if parameter.grad is not None}
+    assert trained == {"router.head.weight", "router.head.bias"}
+    assert output.logits is None
+
+
+def test_two_kinds_of_labels_are_an_error(llama_model, prompts):
+    with pytest.raises(ValueError, match="not both"):
+        llama_model(prompts, labels=prompts, expert_labels=torch.tensor([0, 1, 2]))
+
+
+def test_untrained_router_answers_with_the_default_expert_and_warns_once(prompts, caplog):
+    model = random_model(CONFIGS["llama"](), 3, trained_router=False)
+    model.config.router["default_expert"] = "code"
+    logging.warning_once.cache_clear()
+    logging.get_logger("transformers").propagate = True
+    with torch.no_grad():
+        assert model(prompts).expert_index.tolist() == [2, 2, 2]
+        assert model.route(prompts).expert_index.tolist() == [2, 2, 2]
+    messages = [record.message for record in caplog.records if "router" in record.message]
+    assert len(messages) == 1 and "untrained" in messages[0] and "'code'" in messages[0]
+
+
+def test_threshold_falls_back_to_the_default_expert(llama_model, prompts):
+    chosen = llama_model.route(prompts)
+    probability = chosen.logits.softmax(-1).max(-1).values
+    llama_model.config.router.update(threshold=(probability.min().item() + probability.max().item()) / 2)
+    llama_model.config.router["default_expert"] = "code"
+    sure = probability >= llama_model.config.router["threshold"]
+    expected = torch.where(sure, chosen.expert_index, 2)
+    assert sure.any() and not sure.all()
+    assert torch.equal(llama_model.route(prompts).expert_index, expected)
+
+
+# Generation
+
+
+def test_routed_mixed_batch_generates_what_each_prompt_does_alone(text_config, prompts):
+    model = random_model(text_config, 3)
+    output = model.generate(prompts, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(output.expert_index, model.route(prompts).expert_index)
+    assert output.router_logits.shape == (3, 3)
+    for row, expert in enumerate(output.expert_index.tolist()):
+        alone = model.generate(prompts[row : row + 1], expert_index=expert, **GREEDY)
+        dense = dense_expert(model, expert).generate(prompts[row : row + 1], **GREEDY)
+        assert torch.equal(output.sequences[row : row + 1, : alone.shape[1]], alone)
+        assert torch.equal(alone, dense)
+
+
+def test_left_padding_generates_the_same(llama_model, prompts):
+    padded, mask = left_padded(prompts, 4)
+    plain = llama_model.generate(prompts, **GREEDY)
+    assert torch.equal(llama_model.generate(padded, attention_mask=mask, **GREEDY)[:, 4:], plain)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prefill_chunk_size": 3},
+    ],
+    ids=str,
+)
+def test_generation_modes_follow_the_experts(llama_model, prompts, options):
+    """Each row of a mixed batch gives what the dense model of its expert gives in the same mode."""
+    experts = [2, 0, 1]
+    options = {**GREEDY, **options}
+    output = llama_model.generate(prompts, expert_index=experts, **options)
+    per_prompt = options.get("num_return_sequences", 1)
+    assert len(output) == 3 * per_prompt
+    for row, expert in enumerate(experts):
+        dense = dense_expert(llama_model, expert).generate(prompts[row : row + 1], **options)
+        ours = output[row * per_prompt : (row + 1) * per_prompt]
+        length = min(dense.shape[1], ours.shape[1])
+        assert torch.equal(ours[:, :length], dense[:, :length])
+
+
+def test_sampling_follows_the_expert(llama_model, prompts):
+    dense = dense_expert(llama_model, 1)
+    torch.manual_seed(3)
+    ours = llama_model.generate(prompts, expert_index=1, do_sample=True, num_return_sequences=2, max_new_tokens=6)
+    torch.manual_seed(3)
+    assert torch.equal(ours, dense.generate(prompts, do_sample=True, num_return_sequences=2, max_new_tokens=6))
+
+
+def test_prompt_lookup_and_assisted_generation(llama_model, prompts):
+    expected = llama_model.generate(prompts[:1], expert_index=1, **GREEDY)
+    lookup = llama_model.generate(prompts[:1], expert_index=1, prompt_lookup_num_tokens=2, **GREEDY)
+    draft = dense_expert(llama_model, 0)
+    assisted = llama_model.generate(prompts[:1], expert_index=1, assistant_model=draft, **GREEDY)
+    assert torch.equal(lookup, expected) and torch.equal(assisted, expected)
+
+
+def test_streamer(llama_model, prompts):
+    class Recorder(TextStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    recorder = Recorder()
+    output = llama_model.generate(prompts[:1], streamer=recorder, **GREEDY)
+    assert recorder.tokens == [*output[0].tolist(), "end"]
+
+
+def test_inputs_embeds(llama_model, prompts):
+    dense = dense_expert(llama_model, 2)
+    embeds = dense.get_input_embeddings()(prompts).detach()
+    ours = llama_model.generate(inputs_embeds=embeds, expert_index=2, **GREEDY)
+    assert torch.equal(ours, dense.generate(inputs_embeds=embeds, **GREEDY))
+    assert llama_model.generate(inputs_embeds=embeds, **GREEDY).shape[0] == 3
+
+
+def test_continuing_from_a_cache_keeps_the_expert(llama_model, prompts):
+    whole = llama_model.generate(prompts, max_new_tokens=10, do_sample=False)
+    first = llama_model.generate(prompts, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    rest = llama_model.generate(
+        first.sequences,
+        past_key_values=first.past_key_values,
+        max_new_tokens=6,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(rest.sequences, whole)
+    assert torch.equal(rest.expert_index, first.expert_index) and rest.router_logits is None
+
+
+def test_forward_loop_keeps_the_expert_of_its_cache(llama_model, prompts):
+    with torch.no_grad():
+        first = llama_model(prompts, use_cache=True)
+        token = first.logits[:, -1:].argmax(-1)
+        second = llama_model(token, past_key_values=first.past_key_values)
+        whole = llama_model(torch.cat([prompts, token], dim=1), expert_index=first.expert_index)
+    assert torch.equal(second.expert_index, first.expert_index)
+    torch.testing.assert_close(second.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_cache_of_another_expert_is_an_error(llama_model, prompts):
+    first = llama_model.generate(prompts, expert_index=1, return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(ValueError, match="row 0 asks for expert 'code', but past_key_values was filled by 'math'"):
+        llama_model.generate(first.sequences, past_key_values=first.past_key_values, expert_index=2, **GREEDY)
+
+
+def test_empty_cache_is_routed_afresh(llama_model, prompts):
+    cache = DynamicCache(config=llama_model.config.text_config)
+    output = llama_model.generate(prompts, past_key_values=cache, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(output.expert_index, llama_model.route(prompts).expert_index)
+
+
+def test_continuous_batching_is_refused(llama_model, prompts):
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        llama_model.generate_batch([prompts[0].tolist()])
+
+
+def test_token_outside_an_experts_vocabulary_is_never_generated(llama_model, prompts):
+    head = llama_model.model.lm_head
+    with torch.no_grad():
+        favourite = llama_model(prompts, expert_index=1).logits[0, -1].argmax()
+        head.channel_index[1, favourite] = -1
+        mixed = llama_model(prompts, expert_index=[1, 0, 1]).logits
+    assert mixed[0, :, favourite].isneginf().all() and mixed[1].isfinite().all()
+    assert favourite not in llama_model.generate(prompts, expert_index=1, **GREEDY)[0, 7:]
+
+
+# Training
+
+
+@pytest.mark.parametrize("experts", [[1, 1, 1], [2, 0, 1]], ids=str)
+def test_gradient_checkpointing_gives_the_same_gradients(text_config, prompts, experts):
+    model = random_model(text_config, 3).train()
+    gradients = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model._activation_checkpointing_enable({"use_reentrant": False})
+        # Recomputation happens in backward, after the forward pass has left its context.
+        model(prompts, labels=prompts, expert_index=experts, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_language_modelling_loss_is_the_dense_models(text_config, prompts):
+    model = random_model(text_config, 2)
+    loss = model(prompts, labels=prompts, expert_index=1).loss
+    torch.testing.assert_close(loss, dense_expert(model, 1)(prompts, labels=prompts).loss)
+
+
+# Saving and loading
+
+
+def test_save_and_load(text_config, prompts, tmp_path):
+    model = random_model(text_config, 3)
+    model.save_pretrained(tmp_path)
+    loaded, info = ChannelMergedForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(loaded(prompts).logits, model(prompts).logits)
+    headless, info = ChannelMergedModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    expected = model(prompts, output_hidden_states=True).hidden_states[-1]
+    assert torch.equal(headless(prompts).last_hidden_state, expected)
+
+
+def test_auto_classes_find_the_model(llama_model, tmp_path):
+    llama_model.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is ChannelMergedForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path)) is ChannelMergedModel
+
+
+def test_tied_embeddings_stay_tied(prompts, tmp_path):
+    model = random_model(CONFIGS["qwen2"](), 3)
+    model.save_pretrained(tmp_path)
+    assert "model.lm_head.rows.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = ChannelMergedForCausalLM.from_pretrained(tmp_path)
+    assert loaded.model.lm_head.rows.weight is loaded.model.model.embed_tokens.rows.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_keeps_router_and_index(llama_model, prompts, tmp_path, dtype):
+    llama_model.save_pretrained(tmp_path)
+    loaded = ChannelMergedForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert loaded.router.head.weight.dtype == torch.float32
+    for module in loaded.channel_modules().values():
+        assert module.rows.weight.dtype == dtype and module.channel_index.dtype == torch.int32
+    assert loaded(prompts, expert_index=[0, 1, 2]).logits.dtype == dtype
+
+
+REMOTE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_channel_merged", "conversion"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+headless = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompts = torch.load(sys.argv[2])
+with torch.no_grad():
+    output = model(prompts)
+    torch.save((output.logits, output.expert_index, headless(prompts).last_hidden_state), sys.argv[3])
+model.save_pretrained(sys.argv[4])
+"""
+
+
+def test_remote_code_in_a_fresh_offline_process(llama_model, prompts, tmp_path):
+    """Logits and routing survive saving, loading without this package, saving from there, and loading again."""
+    llama_model.save_pretrained(tmp_path / "first")
+    torch.save(prompts, tmp_path / "prompts.pt")
+    with torch.no_grad():
+        expected = llama_model(prompts)
+    for source, target in (("first", "second"), ("second", "third")):
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                REMOTE,
+                tmp_path / source,
+                tmp_path / "prompts.pt",
+                tmp_path / "out.pt",
+                tmp_path / target,
+            ],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
+        )
+        logits, expert_index, hidden_states = torch.load(tmp_path / "out.pt")
+        assert torch.equal(logits, expected.logits) and torch.equal(expert_index, expected.expert_index)
+        assert hidden_states.shape == (3, 7, 48)
+
+
+def test_saved_code_is_the_packages_own(llama_model, tmp_path):
+    llama_model.save_pretrained(tmp_path)
+    package = Path(sys.modules["modeling_channel_merged"].__file__).parent
+    shipped = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert {path.name for path in tmp_path.glob("*.py")} == shipped
+    assert all((tmp_path / name).read_text() == (package / name).read_text() for name in shipped)
+
+
+def damage(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_missing_channel_index_is_an_error(llama_model, tmp_path):
+    llama_model.save_pretrained(tmp_path)
+    damage(tmp_path, lambda tensors: tensors.pop("model.model.layers.1.mlp.up_proj.channel_index"))
+    with pytest.raises(ValueError, match="no model.model.layers.1.mlp.up_proj.channel_index"):
+        ChannelMergedForCausalLM.from_pretrained(tmp_path)
+
+
+def test_channel_index_out_of_range_is_an_error(llama_model, tmp_path):
+    llama_model.save_pretrained(tmp_path)
+    damage(tmp_path, lambda tensors: tensors["model.lm_head.channel_index"].fill_(9999))
+    with pytest.raises(ValueError, match="lm_head.channel_index holds row 9999"):
+        ChannelMergedForCausalLM.from_pretrained(tmp_path)
+
+
+def test_checkpoint_without_a_router_loads_untrained(llama_model, tmp_path):
+    llama_model.save_pretrained(tmp_path)
+    damage(tmp_path, lambda tensors: [tensors.pop(name) for name in ("router.head.weight", "router.head.bias")])
+    loaded = ChannelMergedForCausalLM.from_pretrained(tmp_path)
+    assert not loaded.router.is_trained
+
+
+def test_copies_and_pickles(llama_model, prompts):
+    expected = llama_model(prompts).logits
+    assert torch.equal(copy.deepcopy(llama_model)(prompts).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(llama_model))(prompts).logits, expected)
+
+
+def test_fresh_model_from_a_config_is_finite_and_untrained(text_config, prompts):
+    config = ChannelMergedConfig(
+        text_config=text_config, expert_names=["a", "b"], rows={"model.layers.0.mlp.up_proj": 150}
+    )
+    model = ChannelMergedForCausalLM(config).eval()
+    assert model.model.model.layers[0].mlp.up_proj.num_rows == 150
+    assert model(prompts, expert_index=[0, 1, 0]).logits.isfinite().all()
+    assert not model.router.is_trained
+
+
+def test_unknown_module_in_rows_is_an_error(text_config):
+    config = ChannelMergedConfig(text_config=text_config, expert_names=["a", "b"], rows={"model.layers.9.mlp": 150})
+    with pytest.raises(ValueError, match=r"does not have: \['model.layers.9.mlp'\]"):
+        ChannelMergedForCausalLM(config)
+
+
+def test_resizing_the_vocabulary(text_config, prompts, tmp_path):
+    model = random_model(text_config, 3)
+    experts = [0, 1, 2]
+    with torch.no_grad():
+        before = model(prompts, expert_index=experts).logits
+        model.resize_token_embeddings(104)
+        after = model(prompts, expert_index=experts).logits
+    torch.testing.assert_close(after[..., :99], before, rtol=1e-5, atol=1e-5)
+    assert after.shape[-1] == model.config.vocab_size == 104
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ChannelMergedForCausalLM.from_pretrained(tmp_path)(prompts, expert_index=experts).logits, after)
+
+
+# PEFT 0.21 still asks Transformers by the deprecated name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_on_rows(llama_model, prompts):
+    """PEFT adapts `rows` as it adapts any nn.Linear; a fresh adapter changes nothing, and it merges back."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.no_grad():
+        expected = llama_model(prompts, expert_index=[0, 1, 2]).logits
+        config = LoraConfig(r=4, target_modules=["q_proj.rows", "up_proj.rows"], modules_to_save=["router"])
+        adapted = get_peft_model(llama_model, config)
+        torch.testing.assert_close(adapted(prompts, expert_index=[0, 1, 2]).logits, expected, rtol=1e-5, atol=1e-5)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        changed = adapted(prompts, expert_index=[0, 1, 2]).logits
+        assert not torch.allclose(changed, expected, atol=1e-3)
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(prompts, expert_index=[0, 1, 2]).logits, changed, rtol=1e-4, atol=1e-4)
