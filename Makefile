@@ -1,0 +1,50 @@
+# Each of `make demo` and `make test` installs what it needs into a virtual environment of its own, with the tested
+# versions of constraints.txt (Python 3.11 or newer). A second call finds the environment and starts at once.
+
+PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
+DEMO_VENV := .venv-demo
+TEST_VENV := .venv-test
+TEST_WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:
+	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
+	@echo 'make test    run all tests'
+	@echo 'make lint    check style; make format mends it'
+	@echo 'make clean   remove the virtual environments and caches'
+
+demo: $(DEMO_VENV)/installed
+	$(DEMO_VENV)/bin/python hub_examples/demo.py
+
+# One thread a worker: the models are tiny, and the workers share the cores.
+test: $(TEST_VENV)/installed
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/ruff check .
+	$(TEST_VENV)/bin/ruff format --check .
+
+format: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/ruff check --fix .
+	$(TEST_VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(DEMO_VENV) $(TEST_VENV) .pytest_cache .ruff_cache .hypothesis dist
+
+# torch comes first and by its pinned version: left to the resolver, it and its companions can be fetched twice.
+define install
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.$(1)'
+	touch $@
+endef
+
+$(DEMO_VENV)/installed: pyproject.toml constraints.txt
+	$(call install)
+
+$(TEST_VENV)/installed: pyproject.toml constraints.txt
+	$(call install,[lint$(comma)test])
+
+comma := ,
