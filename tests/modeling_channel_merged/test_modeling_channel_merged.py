@@ -164,6 +164,16 @@ def test_router_loss_and_gradients(llama_model, prompts):
     assert output.logits is None
 
 
+def test_router_features_have_no_dropout(prompts):
+    config = CONFIGS["llama"]()
+    config.attention_dropout = 0.5
+    model = random_model(config, 3)
+    expected = model.route(prompts).logits
+    model.train()
+    assert torch.equal(model(prompts, expert_labels=torch.tensor([0, 1, 2])).router_logits, expected)
+    assert model.model.training
+
+
 def test_two_kinds_of_labels_are_an_error(llama_model, prompts):
     with pytest.raises(ValueError, match="not both"):
         llama_model(prompts, labels=prompts, expert_labels=torch.tensor([0, 1, 2]))

@@ -1,0 +1,318 @@
+"""Row order, runs and products of a channel-merged matrix, against its plain definition."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_channel_merged.channel_ops import (
+    expert_runs,
+    fill_missing,
+    gather_channels,
+    grouped_linear,
+    layout_rows,
+    owner_rank,
+    reference_linear,
+    run_linear,
+)
+
+SIZES = [1, 63, 100]
+NUM_EXPERTS = [2, 3, 4, 5]
+
+
+def partition_labels(num_experts):
+    """All ways to split the experts into groups, as labels."""
+    labels = [(0,)]
+    for _ in range(num_experts - 1):
+        labels = [head + (label,) for head in labels for label in range(max(head) + 2)]
+    return labels
+
+
+def all_owner_patterns(num_experts):
+    """(N, P) groups in which every set partition of the experts, and so every owner set, occurs once."""
+    return torch.tensor(partition_labels(num_experts)).T
+
+
+def random_groups(num_experts, num_channels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    patterns = all_owner_patterns(num_experts)
+    return patterns[:, torch.randint(patterns.shape[1], (num_channels,), generator=generator)]
+
+
+def drop_channels(channel_index, seed):
+    """The same index with some channels missing, never all of an expert's."""
+    generator = torch.Generator().manual_seed(seed)
+    missing = torch.rand(channel_index.shape, generator=generator) < 0.3
+    missing[:, 0] = False
+    return channel_index.masked_fill(missing, -1)
+
+
+def random_matrix(num_experts, num_channels, width, seed, integers=False, missing=False):
+    """Weight (R, I), bias (R,) and channel_index (N, O)."""
+    layout = layout_rows(random_groups(num_experts, num_channels, seed))
+    generator = torch.Generator().manual_seed(seed)
+    num_rows = len(layout.row_channel)
+    if integers:
+        weight = torch.randint(-3, 4, (num_rows, width), generator=generator).float()
+        bias = torch.randint(-3, 4, (num_rows,), generator=generator).float()
+    else:
+        weight = torch.randn(num_rows, width, generator=generator)
+        bias = torch.randn(num_rows, generator=generator)
+    return weight, bias, drop_channels(layout.channel_index, seed) if missing else layout.channel_index
+
+
+def number_of_runs(channel_index):
+    return [len(runs.slices) for runs in expert_runs(channel_index)]
+
+
+group_columns = st.integers(1, 6).flatmap(
+    lambda num_experts: st.lists(
+        st.lists(st.integers(0, num_experts - 1), min_size=num_experts, max_size=num_experts), min_size=1, max_size=40
+    )
+)
+
+
+class TestOwnerRank:
+    @pytest.mark.parametrize("num_experts", range(1, 11))
+    def test_is_a_gray_code(self, num_experts):
+        """Every owner set has its own place, and neighbours differ by one expert."""
+        owner_sets = torch.arange(1, 1 << num_experts)
+        rank = owner_rank(owner_sets, num_experts)
+        assert len(rank.unique()) == len(rank)
+        ordered = owner_sets[rank.argsort()].tolist()
+        assert all((a ^ b).bit_count() == 1 for a, b in itertools.pairwise(ordered))
+        assert ordered[0].bit_count() == ordered[-1].bit_count() == 1
+
+    def test_keeps_shape_and_input(self):
+        owner_sets = torch.tensor([[1, 2], [3, 1]])
+        assert owner_rank(owner_sets, 2).shape == (2, 2)
+        assert owner_sets.tolist() == [[1, 2], [3, 1]]
+
+
+class TestLayoutRows:
+    def test_example(self):
+        """The two experts of the module's docstring."""
+        layout = layout_rows(torch.tensor([[0, 1, 2], [3, 1, 4]]))
+        assert layout.channel_index.dtype == torch.int32
+        assert layout.channel_index.tolist() == [[0, 2, 1], [3, 2, 4]]
+        assert layout.row_channel.tolist() == [0, 2, 1, 0, 2]
+        assert layout.row_owners.tolist() == [1, 1, 3, 2, 2]
+
+    @settings(max_examples=200, deadline=None)
+    @given(group_columns)
+    def test_every_channel_of_every_expert_finds_its_row(self, columns):
+        """Experts share a row exactly where they are in one group, and every row belongs to its channel and owners."""
+        groups = torch.tensor(columns).T
+        num_experts, num_channels = groups.shape
+        index, row_channel, row_owners = layout_rows(groups)
+        assert index.shape == groups.shape and row_channel.shape == row_owners.shape
+        assert len(row_channel) == sum(len(set(column)) for column in columns)
+        assert torch.equal(torch.unique(index), torch.arange(len(row_channel)))
+        for expert in range(num_experts):
+            assert torch.equal(row_channel[index[expert].long()], torch.arange(num_channels))
+            for other in range(num_experts):
+                assert torch.equal(index[expert] == index[other], groups[expert] == groups[other])
+                owned = (row_owners[index[expert].long()] >> other) & 1
+                assert torch.equal(owned.bool(), groups[expert] == groups[other])
+
+    @settings(max_examples=100, deadline=None)
+    @given(group_columns)
+    def test_rows_are_sorted(self, columns):
+        """By place of their owner set, then by channel: the order is canonical."""
+        groups = torch.tensor(columns).T
+        _, row_channel, row_owners = layout_rows(groups)
+        rank = owner_rank(row_owners, len(groups)).tolist()
+        keys = list(zip(rank, row_channel.tolist(), strict=True))
+        assert keys == sorted(set(keys))
+
+    @settings(max_examples=100, deadline=None)
+    @given(group_columns)
+    def test_names_of_groups_do_not_matter(self, columns):
+        groups = torch.tensor(columns).T
+        layout, renamed = layout_rows(groups), layout_rows(7 - 3 * groups)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(layout, renamed, strict=True))
+
+    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+    def test_extreme_groups(self, num_experts):
+        """All shared: one dense matrix. Nothing shared: one slice per expert, in order."""
+        shared = layout_rows(torch.zeros(num_experts, 63, dtype=torch.int64))
+        assert torch.equal(shared.channel_index, torch.arange(63, dtype=torch.int32).expand(num_experts, 63))
+        apart = layout_rows(torch.arange(num_experts)[:, None].expand(-1, 63))
+        assert len(apart.row_channel) == num_experts * 63
+        for index in apart.channel_index:
+            assert (index.diff() == 1).all()
+
+    def test_too_many_experts(self):
+        with pytest.raises(ValueError, match="at most 62 experts fit the owner bit mask, got 63"):
+            layout_rows(torch.zeros(63, 2, dtype=torch.int64))
+
+
+class TestExpertRuns:
+    @pytest.mark.parametrize(
+        "num_experts, runs", [(1, [1]), (2, [1, 1]), (3, [2, 1, 1]), (4, [1, 3, 2, 2]), (5, None), (6, None)]
+    )
+    def test_fewest_runs_when_every_owner_set_occurs(self, num_experts, runs):
+        """2^(N-1) in all: the path through the owner sets changes one expert a step, and starts and ends at one."""
+        counts = number_of_runs(layout_rows(all_owner_patterns(num_experts)).channel_index)
+        assert sum(counts) == 2 ** (num_experts - 1)
+        if runs is not None:
+            assert sorted(counts) == sorted(runs)
+
+    @settings(max_examples=200, deadline=None)
+    @given(group_columns)
+    def test_never_more_runs(self, columns):
+        """Whatever the groups: leaving owner sets out never splits a run. One run each for two experts."""
+        groups = torch.tensor(columns).T
+        counts = number_of_runs(layout_rows(groups).channel_index)
+        assert min(counts) >= 1 and sum(counts) <= max(1, 2 ** (len(groups) - 1))
+
+    @settings(max_examples=100, deadline=None)
+    @given(group_columns, st.booleans(), st.integers(0, 5))
+    def test_slices_and_gather_give_the_index_back(self, columns, missing, seed):
+        """Slices are disjoint, ascending, maximal and hold the expert's rows only; the gather finds each row."""
+        index = layout_rows(torch.tensor(columns).T).channel_index
+        if missing:
+            index = drop_channels(index, seed)
+        for expert, runs in enumerate(expert_runs(index)):
+            assert all(a < b for a, b in runs.slices)
+            assert all(end < start for (_, end), (start, _) in itertools.pairwise(runs.slices))
+            rows = torch.cat([torch.arange(a, b) for a, b in runs.slices])
+            has = index[expert] >= 0
+            assert torch.equal(rows, index[expert][has].long().unique())
+            gather = torch.arange(index.shape[1]) if runs.gather is None else runs.gather
+            assert torch.equal(rows[gather][has], index[expert][has].long())
+            assert (runs.missing is None) == bool(has.all())
+            assert runs.missing is None or torch.equal(runs.missing, ~has)
+
+    def test_channels_already_in_order_need_no_gather(self):
+        shared = layout_rows(torch.zeros(3, 10, dtype=torch.int64)).channel_index
+        assert all(runs == (((0, 10),), None, None) for runs in expert_runs(shared))
+
+
+class TestProducts:
+    @pytest.mark.parametrize("missing", [False, True], ids=["all_channels", "missing_channels"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("width", SIZES)
+    @pytest.mark.parametrize("num_channels", SIZES)
+    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+    def test_whole_numbers_are_exact(self, num_experts, num_channels, width, dtype, missing):
+        """Where no product rounds, every path gives the same bits: rows and outputs only move."""
+        weight, bias, index = random_matrix(num_experts, num_channels, width, 0, integers=True, missing=missing)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        generator = torch.Generator().manual_seed(1)
+        hidden = torch.randint(-2, 3, (num_experts, 3, width), generator=generator).to(dtype)
+        experts = torch.arange(num_experts)
+        all_runs = expert_runs(index)
+        for some_bias in (None, bias):
+            expected = reference_linear(hidden, weight, some_bias, index, experts)
+            assert expected.shape == (num_experts, 3, num_channels) and expected.dtype == dtype
+            ours = torch.stack([run_linear(row, weight, some_bias, all_runs[e]) for e, row in enumerate(hidden)])
+            assert torch.equal(ours, expected)
+            assert torch.equal(gather_channels(F.linear(hidden, weight, some_bias), index, experts), expected)
+            counts = tuple((expert, 1) for expert in range(num_experts))
+            assert torch.equal(grouped_linear(hidden, weight, some_bias, all_runs, counts), expected)
+
+    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+    def test_reference_is_each_experts_own_matrix(self, num_experts):
+        """The definition, written once more with every expert's dense weight built by hand."""
+        weight, bias, index = random_matrix(num_experts, 63, 20, 2, integers=True)
+        hidden = torch.randint(-2, 3, (num_experts, 20), generator=torch.Generator().manual_seed(3)).float()
+        output = reference_linear(hidden, weight, bias, index, torch.arange(num_experts))
+        for expert in range(num_experts):
+            dense = torch.stack([weight[row] for row in index[expert].tolist()])
+            dense_bias = torch.stack([bias[row] for row in index[expert].tolist()])
+            assert torch.equal(output[expert], F.linear(hidden[expert], dense, dense_bias))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("width", [63, 100, 2000])
+    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+    def test_error_is_at_most_twice_the_plain_products(self, num_experts, width, dtype):
+        """Both against float64 on the same inputs."""
+        weight, bias, index = random_matrix(num_experts, 100, width, 4)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        hidden = torch.randn(num_experts, 7, width, generator=torch.Generator().manual_seed(5)).to(dtype)
+        experts = torch.arange(num_experts)
+        exact = reference_linear(hidden.double(), weight.double(), bias.double(), index, experts)
+        plain = (reference_linear(hidden, weight, bias, index, experts) - exact).abs().max()
+        all_runs = expert_runs(index)
+        by_runs = torch.stack([run_linear(row, weight, bias, all_runs[e]) for e, row in enumerate(hidden)])
+        all_rows = gather_channels(F.linear(hidden, weight, bias), index, experts)
+        assert (by_runs - exact).abs().max() <= 2 * plain
+        assert (all_rows - exact).abs().max() <= 2 * plain
+
+    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+    def test_gradients(self, num_experts):
+        """The run path and the all-rows path give the reference's gradients of inputs, weight and bias."""
+        weight, bias, index = random_matrix(num_experts, 63, 20, 6, integers=True)
+        hidden = torch.randint(-2, 3, (num_experts, 5, 20), generator=torch.Generator().manual_seed(7)).float()
+        into = torch.randint(-2, 3, (num_experts, 5, 63), generator=torch.Generator().manual_seed(8)).float()
+        experts, all_runs = torch.arange(num_experts), expert_runs(index)
+
+        def by_runs(hidden, weight, bias):
+            return torch.stack([run_linear(row, weight, bias, all_runs[e]) for e, row in enumerate(hidden)])
+
+        def by_all_rows(hidden, weight, bias):
+            return gather_channels(F.linear(hidden, weight, bias), index, experts)
+
+        def by_reference(hidden, weight, bias):
+            return reference_linear(hidden, weight, bias, index, experts)
+
+        gradients = []
+        for product in (by_reference, by_runs, by_all_rows):
+            inputs = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+            gradients.append(torch.autograd.grad(product(*inputs), inputs, into))
+        for ours in gradients[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(ours, gradients[0], strict=True))
+
+    @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)], ids=str)
+    def test_leading_dimensions(self, shape):
+        weight, bias, index = random_matrix(4, 63, 20, 9, integers=True, missing=True)
+        generator = torch.Generator().manual_seed(10)
+        hidden = torch.randint(-2, 3, (4, *shape, 20), generator=generator).float()
+        experts = torch.tensor([3, 0, 0, 2])
+        expected = reference_linear(hidden, weight, bias, index, experts)
+        assert expected.shape == (4, *shape, 63)
+        assert torch.equal(gather_channels(F.linear(hidden, weight, bias), index, experts), expected)
+        all_runs = expert_runs(index)
+        for row, expert, output in zip(hidden, experts.tolist(), expected, strict=True):
+            assert torch.equal(run_linear(row, weight, bias, all_runs[expert]), output)
+
+    def test_sorted_batch(self):
+        """Several batch rows per expert, an expert without any, and experts in any order."""
+        weight, bias, index = random_matrix(5, 63, 20, 11, integers=True)
+        hidden = torch.randint(-2, 3, (6, 2, 20), generator=torch.Generator().manual_seed(12)).float()
+        expected = reference_linear(hidden, weight, bias, index, torch.tensor([4, 4, 4, 0, 2, 2]))
+        counts = ((4, 3), (0, 1), (2, 2))
+        assert torch.equal(grouped_linear(hidden, weight, bias, expert_runs(index), counts), expected)
+
+
+class TestGatherChannels:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("num_channels", SIZES)
+    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
+    def test_only_moves_data(self, num_experts, num_channels, dtype):
+        index = layout_rows(random_groups(num_experts, num_channels, 13)).channel_index
+        num_rows = int(index.max()) + 1
+        row_outputs = torch.randn(6, 2, num_rows, generator=torch.Generator().manual_seed(14)).to(dtype)
+        experts = torch.randint(num_experts, (6,), generator=torch.Generator().manual_seed(15))
+        expected = torch.stack([row_outputs[b][:, index[e].long()] for b, e in enumerate(experts.tolist())])
+        assert torch.equal(gather_channels(row_outputs, index, experts), expected)
+        assert torch.equal(gather_channels(row_outputs, index, experts, may_miss=False), expected)
+
+    def test_missing_channels_are_minus_infinity(self):
+        """Also where the row that stands in for them holds NaN or infinity."""
+        index = torch.tensor([[0, -1, 1], [-1, 1, 0]], dtype=torch.int32)
+        row_outputs = torch.tensor([[float("nan"), 2.0], [float("inf"), 5.0]])
+        output = gather_channels(row_outputs, index, torch.tensor([0, 1]))
+        assert output[0, 0].isnan() and output[0, 1:].tolist() == [float("-inf"), 2.0]
+        assert output[1].tolist() == [float("-inf"), 5.0, float("inf")]
+
+    def test_fill_missing(self):
+        output = torch.ones(2, 3)
+        assert fill_missing(output, None) is output
+        filled = fill_missing(output, torch.tensor([True, False, True]))
+        assert torch.equal(filled.isneginf(), torch.tensor([True, False, True]).expand(2, 3))
+        assert (output == 1).all()
