@@ -287,11 +287,15 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         if "position_ids" in inspect.signature(decoder.forward).parameters:
             arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         trunk = ActiveExperts(self.config.expert_id(self.config.router["trunk_expert"]), trunk_only=True)
+        training = decoder.training
+        decoder.eval()  # dropout would blur the features that the router learns from
         try:
             with activate(trunk), torch.no_grad():
                 decoder(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)
         except _TrunkDone as done:
             hidden_states = done.hidden_states
+        finally:
+            decoder.train(training)
         return self.router(hidden_states.to(self.router.head.weight.device), attention_mask)
 
     def choose_experts(self, router_logits: torch.FloatTensor) -> torch.LongTensor:
