@@ -1,0 +1,200 @@
+"""The command line: `channel-merge COMMAND ...`, the same as `python -m conversion COMMAND ...`.
+
+Heavy libraries are imported inside the commands, so that --help answers at once.
+"""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DEBUG_VARIABLE = "CHANNEL_MERGE_DEBUG"
+
+app = typer.Typer(
+    name="channel-merge",
+    help="Many fine-tunes of one language model in one routed Transformers checkpoint, merged channel by channel.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Channel-merged checkpoint: folder or Hub id.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output folder.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar=DEBUG_VARIABLE, help="Show the traceback of an error.")
+    ] = False,
+):
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("conversion").setLevel(logging.INFO)
+
+
+@app.command()
+def convert(
+    recipe: Annotated[Path, typer.Argument(help="Recipe: the base model, its experts and how to merge them.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint; must be new or empty.")],
+    overwrite: Overwrite = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+):
+    """Merge the experts of a recipe, channel by channel, into one checkpoint.
+
+    \b
+    Example:
+      channel-merge convert recipe.yaml merged
+    """
+    from conversion.convert import convert as run
+
+    conversion = run(recipe, out, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+    parameters = conversion.report["parameters"]
+    share = parameters["stored"] / parameters["experts"]
+    typer.echo(f"{out}: {parameters['stored']:,} parameters, {share:.1%} of the experts' {parameters['experts']:,}")
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    plot: Annotated[Path | None, typer.Option(metavar="F.png", help="Also draw where experts share rows.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+):
+    """Show what a merged checkpoint stores: rows by kind of module and by owners, and its size against the experts.
+
+    \b
+    Examples:
+      channel-merge inspect merged
+      channel-merge inspect merged --json
+      channel-merge inspect merged --plot sharing.png
+    """
+    from rich.console import Console
+
+    from conversion.report import inspect_checkpoint, plot_report, report_tables
+
+    report = inspect_checkpoint(checkpoint)
+    if plot is not None:
+        plot_report(report, plot)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        Console().print(*report_tables(report), sep="\n")
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Folder of the plain checkpoint; must be new or empty.")],
+    expert: Annotated[str, typer.Option("--expert", metavar="NAME", help="The expert to take out.")],
+    overwrite: Overwrite = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+):
+    """Write one expert as a plain checkpoint of the base architecture, which needs no code of this package.
+
+    \b
+    Example:
+      channel-merge export merged --expert math math-expert
+    """
+    from conversion.export import export_expert
+
+    export_expert(checkpoint, expert, out, overwrite=overwrite, max_shard_size=max_shard_size)
+    typer.echo(f"Expert {expert}: {out}")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts; they run as one mixed batch.")],
+    expert: Annotated[
+        str | None,
+        typer.Option("--expert", metavar="NAME", help="Answer with this expert; default: the router picks."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as stored.")] = "auto",
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
+    ] = None,
+):
+    """Answer prompts, each by the expert that the router picks for it.
+
+    \b
+    Examples:
+      channel-merge generate merged "What is 12 + 30?" "Translate to Chinese: good morning"
+      channel-merge generate merged --expert math --max-new-tokens 16 "What is 12 + 30?"
+    """
+    from conversion.generate import answer_prompts
+
+    answers = answer_prompts(
+        checkpoint, prompts, expert=expert, max_new_tokens=max_new_tokens, device=device, dtype=dtype, chat=chat
+    )
+    for answer in answers:
+        chosen = "given" if answer.probability is None else f"{answer.probability:.3f}"
+        typer.secho(f"[{answer.expert} {chosen}] {answer.prompt}", bold=True)
+        typer.echo(answer.text.strip("\n") + "\n")
+
+
+@app.command("train-router", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train_router(context: typer.Context, checkpoint: Checkpoint):
+    """Train the router of a merged checkpoint and save the complete checkpoint again.
+
+    \b
+    Options:
+      --train-data D           JSONL, JSON, Parquet or CSV file, or a Hub dataset, with the columns
+                               `text` (or chat `messages`) and `expert` (a name)   [required]
+      --eval-data E            the same; default: a tenth of the training data
+      --output-dir OUT         folder of the trained checkpoint   [required]
+      --overwrite              replace a model in the output folder
+      --max-length L           longest query in tokens; the rest is cut off
+      --config F.yaml          values of any of these options
+    and every option of transformers.TrainingArguments, such as --num-train-epochs 3, --learning-rate 1e-2 or
+    --per-device-train-batch-size 16.
+
+    \b
+    Example:
+      channel-merge train-router merged --train-data train.jsonl --eval-data eval.jsonl --output-dir routed
+    """
+    from rich.console import Console
+
+    from conversion.train_router import evaluation_tables, main
+
+    metrics = main(["--checkpoint", checkpoint, *context.args])
+    Console().print(*evaluation_tables(metrics), sep="\n")
+
+
+def error_line(error: Exception) -> str:
+    """The message of an expected error on one line."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        message = "; ".join(
+            ": ".join(filter(None, [".".join(map(str, item["loc"])), item["msg"]])) for item in error.errors()
+        )
+    elif isinstance(error, OSError) and error.strerror:
+        message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    else:
+        message = str(error) or type(error).__name__
+    return " ".join(message.split())
+
+
+def main(arguments: list[str] | None = None):
+    """Run the command line; bad input is one line on stderr and exit code 2."""
+    try:
+        app(arguments)
+    except (ValueError, OSError) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        typer.echo(f"Error: {error_line(error)}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

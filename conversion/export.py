@@ -1,0 +1,124 @@
+"""One expert of a channel-merged checkpoint as a plain checkpoint of the base architecture.
+
+Streams tensor by tensor: an expert's rows are read as its runs of consecutive rows and put into channel order, so that
+memory holds one matrix of one expert. The result needs no code of this package.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from conversion.hub_folder import TOKENIZER_FILES
+from conversion.merged_checkpoint import MergedCheckpoint
+from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, check_target
+from modeling_channel_merged.channel_ops import ExpertRuns, expert_runs
+
+logger = logging.getLogger(__name__)
+
+COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def export_expert(
+    checkpoint: str | Path, expert: str, out: str | Path, overwrite: bool = False, max_shard_size: int | str = "5GB"
+) -> None:
+    """Write the expert named `expert` to the folder `out`, which appears only when it is complete.
+
+    Raises:
+        ValueError: no channel-merged checkpoint, no such expert, a damaged index, or a non-empty `out`.
+    """
+    out = Path(out)
+    check_target(out, overwrite)
+    with MergedCheckpoint(checkpoint) as merged:
+        ExpertExport(merged, expert).write(out, overwrite, max_shard_size)
+
+
+class ExpertExport:
+    """The plain checkpoint of one expert: its config, its tensors' headers, and the tensors one by one."""
+
+    def __init__(self, merged: MergedCheckpoint, expert: str):
+        self.merged = merged
+        self.expert = merged.config.expert_id(expert)
+        self.name = expert
+        self.vocab_size = self._own_vocab_size()
+
+    def config(self) -> PreTrainedConfig:
+        """The base architecture's config, as its own class would save it."""
+        config = self.merged.base_model.config
+        config.architectures = [type(self.merged.base_model).__name__]
+        config.vocab_size = self.vocab_size
+        return config
+
+    def specs(self) -> Iterator[TensorSpec]:
+        """Headers of the plain checkpoint's tensors, in the order of `tensors`."""
+        for path, module in self.merged.modules.channel.items():
+            channels = self.vocab_size if self.merged.is_vocabulary(path) else module.out_features
+            if module.tied_to is None:
+                stored = self.merged.tensors[f"model.{path}.rows.weight"]
+                shape = (channels, module.in_features)
+                yield TensorSpec(f"{path}.weight", shape[::-1] if module.kind == "conv1d" else shape, stored.dtype)
+            if module.bias:
+                yield TensorSpec(f"{path}.bias", (channels,), self.merged.tensors[f"model.{path}.rows.bias"].dtype)
+        for path, parameters in self.merged.modules.per_expert.items():
+            for parameter in parameters:
+                stored = self.merged.tensors[f"model.{path}.experts.{self.expert}.{parameter}"]
+                yield TensorSpec(f"{path}.{parameter}", stored.shape, stored.dtype)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The plain checkpoint's tensors by name, one in memory at a time."""
+        for path, module in self.merged.modules.channel.items():
+            index = self.merged.channel_index(path)[[self.expert]]
+            if self.merged.is_vocabulary(path):
+                index = index[:, : self.vocab_size]
+            (runs,) = expert_runs(index)
+            if module.tied_to is None:
+                weight = self._read_channels(f"model.{path}.rows.weight", runs)
+                yield f"{path}.weight", weight.T.contiguous() if module.kind == "conv1d" else weight
+            if module.bias:
+                yield f"{path}.bias", self._read_channels(f"model.{path}.rows.bias", runs)
+        for path, parameters in self.merged.modules.per_expert.items():
+            for parameter in parameters:
+                stored = f"model.{path}.experts.{self.expert}.{parameter}"
+                yield f"{path}.{parameter}", self.merged.reader.read(stored)
+
+    def write(self, out: Path, overwrite: bool, max_shard_size: int | str) -> None:
+        self.merged.check_channel_indices()
+        with StagedFolder(out, overwrite) as staged:
+            writer = ShardWriter(staged.path, self.specs(), max_shard_size)
+            try:
+                for name, tensor in self.tensors():
+                    writer.write(name, tensor)
+                writer.finish()
+            finally:
+                writer.close()
+            copy_files(self.merged.folder, staged.path, COMPANION_FILES)
+            staged.publish(self.config().to_json_string())
+        logger.info("wrote expert %s (%.1f MB) to %s", self.name, writer.num_bytes / 1e6, out)
+
+    def _read_channels(self, name: str, runs: ExpertRuns) -> torch.Tensor:
+        """Rows of a stored tensor in this expert's channel order: (O, I), or (O,) of a bias."""
+        rows = torch.cat([self.merged.reader.read_rows(name, first, last) for first, last in runs.slices])
+        return rows if runs.gather is None else rows[runs.gather]
+
+    def _own_vocab_size(self) -> int:
+        """How many tokens the expert has; those that it lacks must be the last ones of the merged vocabulary."""
+        has_token = self.merged.has_token(self.expert)
+        size = int(has_token.sum())
+        if not has_token[:size].all():
+            first = int((~has_token).nonzero()[0])
+            raise ValueError(
+                f"expert {self.name!r} cannot be exported: it lacks token {first} in the middle of the merged "
+                f"vocabulary of {len(has_token)}, and a plain checkpoint has no way to leave a token out"
+            )
+        return size
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
+    """Copy the files of a folder that match any of the patterns, under the same relative names."""
+    for file in {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}:
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)

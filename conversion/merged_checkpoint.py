@@ -1,0 +1,155 @@
+"""A channel-merged checkpoint read from its files alone: config, tensor headers and channel indices, all checked.
+
+Shapes: N experts, O channels, I inputs, R rows.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from conversion.expert_reader import ExpertReader, read_headers
+from conversion.plan import base_architecture, find_source, with_weights
+from modeling_channel_merged.configuration_channel_merged import FORMAT_VERSION, ChannelMergedConfig
+
+ROUTER_TENSORS = ("router.head.weight", "router.head.bias")
+
+
+def read_config(folder: Path) -> ChannelMergedConfig:
+    """The config of a channel-merged checkpoint; ValueError where the folder holds something else."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    model_type, version = config.get("model_type"), config.get("format_version")
+    if model_type != ChannelMergedConfig.model_type:
+        raise ValueError(
+            f"{folder} is not a channel-merged checkpoint: its model_type is {model_type!r}, "
+            f"expected {ChannelMergedConfig.model_type!r}"
+        )
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"{file}: format_version is {version!r}, expected 1 to {FORMAT_VERSION}")
+    return ChannelMergedConfig.from_pretrained(folder)
+
+
+def resolve_folder(checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint given as a folder or as a Hub id (with an optional @revision), fetched if need be."""
+    return with_weights(find_source("checkpoint", str(checkpoint), Path())).folder
+
+
+class MergedCheckpoint:
+    """The files of one channel-merged checkpoint, a folder or a Hub id; reads a tensor only when asked for it.
+
+    `base_model` is the base architecture on the meta device.
+
+    Raises:
+        ValueError: config, tensor names or row counts do not make a channel-merged checkpoint.
+    """
+
+    def __init__(self, checkpoint: str | Path):
+        self.folder = resolve_folder(checkpoint)
+        self.config = read_config(self.folder)
+        self.base_model, self.modules = base_architecture(self.config.text_config)
+        self.tensors = read_headers(self.folder)
+        self.reader = ExpertReader(str(self.folder), self.tensors)
+        self._check_names()
+        for path in self.modules.channel:
+            self._check_rows(path)
+
+    def __enter__(self) -> "MergedCheckpoint":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.reader.close()
+
+    def tensor_names(self) -> Iterator[str]:
+        """Names of all tensors that a checkpoint of this config stores."""
+        for path, module in self.modules.channel.items():
+            yield f"model.{path}.channel_index"
+            if module.tied_to is None:
+                yield f"model.{path}.rows.weight"
+            if module.bias:
+                yield f"model.{path}.rows.bias"
+        for path, parameters in self.modules.per_expert.items():
+            for expert in range(self.config.num_experts):
+                yield from (f"model.{path}.experts.{expert}.{parameter}" for parameter in parameters)
+        yield from ROUTER_TENSORS
+
+    def rows_name(self, path: str) -> str:
+        """Name of the tensor with the rows of a channel module; for a tied head it is the embedding's."""
+        return f"model.{self.modules.channel[path].tied_to or path}.rows.weight"
+
+    def num_rows(self, path: str) -> int:
+        """R of a channel module."""
+        return self.tensors[self.rows_name(path)].shape[0]
+
+    def channel_index(self, path: str) -> torch.Tensor:
+        """Rows that the channels of a module read: int32 (N, O), -1 where an expert has no such channel (token).
+
+        Raises:
+            ValueError: an entry names no stored row.
+        """
+        index = self.reader.read(f"model.{path}.channel_index")
+        lowest, highest = -1 if self.modules.channel[path].kind == "linear" else 0, self.num_rows(path) - 1
+        for row in (int(index.min()), int(index.max())):
+            if not lowest <= row <= highest:
+                raise ValueError(
+                    f"{self.folder}: the channel_index of {path} names row {row}, but its rows are 0 to {highest}; "
+                    "the checkpoint is damaged"
+                )
+        return index
+
+    def has_token(self, expert: int) -> torch.Tensor:
+        """Whether an expert has each token of the merged vocabulary: bool (vocab_size,)."""
+        head = next(
+            path for path in self.modules.channel if self._module(path) is self.base_model.get_output_embeddings()
+        )
+        return self.channel_index(head)[expert] >= 0
+
+    def is_vocabulary(self, path: str) -> bool:
+        """Whether the channels of a module are tokens."""
+        return self._module(path) in (self.base_model.get_input_embeddings(), self.base_model.get_output_embeddings())
+
+    def check_channel_indices(self) -> None:
+        """ValueError if any module's channel_index names a row that is not stored."""
+        for path in self.modules.channel:
+            self.channel_index(path)
+
+    def _module(self, path: str) -> torch.nn.Module:
+        return self.base_model.get_submodule(path)
+
+    def _check_names(self) -> None:
+        expected = set(self.tensor_names())
+        for path in self.modules.channel:
+            if f"model.{path}.channel_index" not in self.tensors:
+                raise ValueError(f"{self.folder}: {path} has no channel_index; the checkpoint is damaged")
+        if missing := sorted(expected - self.tensors.keys()):
+            raise ValueError(f"{self.folder} lacks {_some(missing)}; the checkpoint is damaged")
+        if unknown := sorted(self.tensors.keys() - expected):
+            raise ValueError(f"{self.folder} holds tensors that its config.json does not explain: {_some(unknown)}")
+
+    def _check_rows(self, path: str) -> None:
+        module = self.modules.channel[path]
+        num_rows = self.config.rows.get(module.tied_to or path, module.out_features)
+        expected = {
+            self.rows_name(path): ((num_rows, module.in_features), None),
+            f"model.{path}.channel_index": ((self.config.num_experts, module.out_features), torch.int32),
+        }
+        if module.bias:
+            expected[f"model.{path}.rows.bias"] = ((num_rows,), None)
+        for name, (shape, dtype) in expected.items():
+            stored = self.tensors[name]
+            if stored.shape != shape or (dtype and stored.dtype != dtype):
+                raise ValueError(
+                    f"{self.folder}: {name} is {stored.dtype_name} {list(stored.shape)}, expected {list(shape)}"
+                    f"{' I32' if dtype else ''} for {path} by config.json"
+                )
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
