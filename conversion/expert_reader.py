@@ -1,13 +1,15 @@
-"""Reading one checkpoint in row chunks: safetensors headers, names, then the bytes that are asked for.
+"""Reading one checkpoint in row chunks: tables of contents, names, then the bytes that are asked for.
 
-A checkpoint is known by its headers before any tensor is read; `ExpertReader` then reads rows of a parameter by the
-parameter's name in the base architecture, whatever the checkpoint calls it, with memory bounded by the chunk.
+A checkpoint, safetensors or PyTorch's older `.bin`, is known by its tables of contents before any tensor is read;
+`ExpertReader` then reads rows of a parameter by the parameter's name in the base architecture, whatever the checkpoint
+calls it, with memory bounded by the chunk.
 """
 
 import json
 import math
 import re
 import threading
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +17,25 @@ from typing import BinaryIO
 
 import torch
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A way to store a checkpoint: in one file, or in several with an index."""
+
+    single: str
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+
+# The first that is there is read.
+MODEL_FORMATS = (WeightFormat("model.safetensors"), WeightFormat("pytorch_model.bin"))
+ADAPTER_FORMATS = (WeightFormat("adapter_model.safetensors"), WeightFormat("adapter_model.bin"))
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I64": torch.int64}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # Tables that a module computes for itself and that older versions of Transformers saved beside the parameters.
 COMPUTED_TABLES = (
@@ -31,7 +47,10 @@ COMPUTED_TABLES = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: its file, its place in it, the dtype's safetensors name and the shape."""
+    """Where one tensor lies: its file, its place in it, the dtype's safetensors name and the shape.
+
+    A dtype that nothing here reads may have any name.
+    """
 
     file: Path
     dtype_name: str
@@ -49,57 +68,40 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Table of contents of one safetensors file; ValueError where the file is cut short or not safetensors."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header_size = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= header_size <= size - 8:
-            raise ValueError(f"{file} is not a whole safetensors file: its header does not fit its {size} bytes")
-        try:
-            header = json.loads(stream.read(header_size))
-            header.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                tensors[name] = StoredTensor(
-                    file, entry["dtype"], tuple(entry["shape"]), 8 + header_size + begin, end - begin
-                )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file} is not a safetensors file: its header cannot be read") from None
-    end_of_data = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=8 + header_size)
-    if end_of_data != size:
-        raise ValueError(f"{file} is cut short or damaged: it has {size} bytes, its header describes {end_of_data}")
-    for name, tensor in tensors.items():
-        if tensor.dtype_name in DTYPES and tensor.numel * tensor.dtype.itemsize != tensor.num_bytes:
-            raise ValueError(f"{file} is damaged: {name} of shape {list(tensor.shape)} has {tensor.num_bytes} bytes")
-    return tensors
+    """Table of contents of one file of a checkpoint; ValueError where it is cut short or something else."""
+    return _read_pickled_header(file) if file.suffix == ".bin" else _read_safetensors_header(file)
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of a checkpoint's safetensors files, from the single file or the index; they need not be there.
+def weight_files(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) -> list[str]:
+    """Names of a checkpoint's files, from the single file or the index; they need not be there.
 
     Raises:
-        ValueError: the folder has no safetensors checkpoint, or its index cannot be read.
+        ValueError: the folder has none of the formats, or an index cannot be read.
     """
-    if (folder / SINGLE_FILE).exists():
-        return [SINGLE_FILE]
-    if (folder / INDEX_FILE).exists():
-        return sorted(set(_weight_map(folder).values()))
-    raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{_other_format(folder)}")
+    looked_for = []
+    for format in formats:
+        if (folder / format.single).exists():
+            return [format.single]
+        if (folder / format.index).exists():
+            return sorted(set(_weight_map(folder / format.index).values()))
+        looked_for.append(format.single)
+    raise ValueError(f"{folder} has no {' or '.join(looked_for)}, nor an index of several{_other_format(folder)}")
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) -> dict[str, StoredTensor]:
     """Table of contents of a checkpoint folder, over all its shards."""
-    files = weight_files(folder)
+    formats = tuple(formats)
+    files = weight_files(folder, formats)
     headers = {}
     for name in files:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is incomplete: its index names {name}, which is not there")
         headers[name] = read_header(folder / name)
-    if files == [SINGLE_FILE]:
-        return headers[SINGLE_FILE]
+    if files[0] in {format.single for format in formats}:
+        return headers[files[0]]
+    index = next(folder / format.index for format in formats if (folder / format.index).exists())
     tensors = {}
-    for tensor, file in _weight_map(folder).items():
+    for tensor, file in _weight_map(index).items():
         if tensor not in headers[file]:
             raise ValueError(f"{folder}: the index says that {tensor} is in {file}, which does not hold it")
         tensors[tensor] = headers[file][tensor]
@@ -206,16 +208,94 @@ class ExpertReader:
                 view = view[count:]
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= header_size <= size - 8:
+            raise ValueError(f"{file} is not a whole safetensors file: its header does not fit its {size} bytes")
+        try:
+            header = json.loads(stream.read(header_size))
+            header.pop("__metadata__", None)
+            tensors = {}
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                tensors[name] = StoredTensor(
+                    file, entry["dtype"], tuple(entry["shape"]), 8 + header_size + begin, end - begin
+                )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{file} is not a safetensors file: its header cannot be read") from None
+    end_of_data = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=8 + header_size)
+    if end_of_data != size:
+        raise ValueError(f"{file} is cut short or damaged: it has {size} bytes, its header describes {end_of_data}")
+    for name, tensor in tensors.items():
+        if tensor.dtype_name in DTYPES and tensor.numel * tensor.dtype.itemsize != tensor.num_bytes:
+            raise ValueError(f"{file} is damaged: {name} of shape {list(tensor.shape)} has {tensor.num_bytes} bytes")
+    return tensors
+
+
+def _read_pickled_header(file: Path) -> dict[str, StoredTensor]:
+    """Names and places of the tensors that torch.save wrote: the pickle is read by PyTorch's safe unpickler."""
+    _check_pickled_archive(file)
+    tensors = {}
+    for name, tensor in _load_without_data(file).items():
+        if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
+            raise ValueError(f"{file}: {name} is a {type(tensor).__name__}, expected names and tensors")
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise ValueError(
+                f"{file}: {name} is not stored row after row: save the model again with contiguous tensors, "
+                "best as safetensors (load it with Transformers and call save_pretrained)"
+            )
+        begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+        dtype_name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        tensors[name] = StoredTensor(file, dtype_name, tuple(tensor.shape), begin, tensor.nbytes)
+    return tensors
+
+
+def _check_pickled_archive(file: Path) -> None:
+    """ValueError unless the data of a `.bin` file lie in it as they are: PyTorch's zip format, whole, uncompressed."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"{file} cannot be read in parts: it is cut short, or older than PyTorch 1.6's file format; "
+            "save it as safetensors first (load it with Transformers and call save_pretrained)"
+        )
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{file} was compressed after PyTorch wrote it ({entry.filename}): unpack it first")
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                raise ValueError(f"{file} was written on a big-endian machine, which is not supported")
+
+
+def _load_without_data(file: Path) -> dict:
+    """What torch.save wrote, with tensors that know their place in the file and have no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     try:
-        return json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        with FakeTensorMode():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged or malicious pickle makes the unpickler raise
+        unsafe = re.search(r"GLOBAL \S+", str(error))
+        if unsafe:
+            raise ValueError(
+                f"{file} holds more than tensors ({unsafe[0]}) and is refused: loading it could run code"
+            ) from None
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected a mapping of names to tensors")
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / INDEX_FILE} cannot be read: expected JSON with a weight_map") from None
+        raise ValueError(f"{index} cannot be read: expected JSON with a weight_map") from None
 
 
 def _other_format(folder: Path) -> str:
-    """What a folder without safetensors files holds instead, for the error."""
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in folder.glob(pattern))
+    """What a folder without a known format holds instead, for the error."""
+    others = sorted(file.name for pattern in ("*.pt", "*.pth", "*.gguf", "*.h5") for file in folder.glob(pattern))
     if not others:
         return ""
     return f", only {others[0]}: save it as safetensors first (load it with Transformers and call save_pretrained)"

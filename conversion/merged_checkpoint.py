@@ -36,7 +36,10 @@ def read_config(folder: Path) -> ChannelMergedConfig:
 
 def resolve_folder(checkpoint: str | Path) -> Path:
     """The folder of a checkpoint given as a folder or as a Hub id (with an optional @revision), fetched if need be."""
-    return with_weights(find_source("checkpoint", str(checkpoint), Path())).folder
+    source = find_source("checkpoint", str(checkpoint), Path())
+    if source.is_adapter:
+        raise ValueError(f"{checkpoint} is a PEFT adapter, expected a channel-merged checkpoint")
+    return with_weights(source).folder
 
 
 class MergedCheckpoint:

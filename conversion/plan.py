@@ -4,6 +4,8 @@
 base's, and knows the sizes. Errors name the expert, the field or tensor, and both values.
 """
 
+import copy
+import inspect
 import json
 import logging
 import math
@@ -14,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from conversion.expert_reader import (
     FLOAT_DTYPES,
@@ -24,17 +26,20 @@ from conversion.expert_reader import (
     StoredTensor,
     match_names,
     read_headers,
-    weight_files,
 )
+from conversion.lora_adapter import LoraReader, adapter_reader, saved_rows
+from conversion.model_source import Source, find_source, one_line, with_weights
 from conversion.recipe import Recipe
-from conversion.shard_writer import check_target
+from conversion.shard_writer import check_target, leftover_bytes
+from conversion.tensor_names import by_parameter_name
+from conversion.vocabulary import MergedVocabulary, inverse, merge_vocabularies, read_vocabulary
+from conversion.vocabulary_reader import VocabularyReader
+from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 from modeling_channel_merged.channel_merged_layers import ModuleMap, find_modules
 
 logger = logging.getLogger(__name__)
 
 BASE = "base_model"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
 # Config fields that no output of the model depends on. Every other field must be the base's, also one unknown here.
 FREE_CONFIG_FIELDS = frozenset(
@@ -56,18 +61,8 @@ FREE_CONFIG_FIELDS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """One checkpoint: where it is, and what is written down about it."""
-
-    name: str  # the expert's name, or "base_model"
-    model: str  # as the recipe has it
-    revision: str | None  # commit of a Hub repository
-    folder: Path
-
-    def record(self) -> dict[str, str]:
-        record = {"name": self.name, "model": self.model}
-        return record | ({"revision": self.revision} if self.revision else {})
+# How many feed-forward networks a mixture of experts has, under its families' names.
+MIXTURE_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -80,9 +75,11 @@ class Plan:
     text_config: PreTrainedConfig
     modules: ModuleMap
     shapes: dict[str, tuple[int, ...]]  # parameter name -> shape in the base architecture
-    readers: tuple[ExpertReader, ...]  # one per expert
+    readers: tuple[ExpertReader | LoraReader, ...]  # one per expert
     base_reader: ExpertReader
     dtype: torch.dtype  # of the output
+    vocabulary: MergedVocabulary
+    vocabulary_paths: tuple[str, ...]  # the embedding and the head: modules whose channels are tokens
 
     @property
     def num_experts(self) -> int:
@@ -94,8 +91,10 @@ class Plan:
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of all experts as separate models."""
-        return self.num_experts * self._num_parameters()
+        """Parameters of all experts as separate models, each with its own vocabulary."""
+        untied = [self.modules.channel[path] for path in self.vocabulary_paths]
+        token_size = sum(module.in_features + module.bias for module in untied if module.tied_to is None)
+        return self.num_experts * self._num_parameters() - sum(self.vocabulary.missing) * token_size
 
     @property
     def per_expert_parameters(self) -> int:
@@ -118,6 +117,12 @@ class Plan:
         heads = {f"{path}.weight" for path, module in self.modules.channel.items() if module.tied_to}
         readers = (self.base_reader, *self.readers)
         return sum(part.num_bytes for reader in readers for name, part in reader.tensors.items() if name not in heads)
+
+    def present(self, path: str) -> torch.Tensor | None:
+        """Which experts have which channels of a module: (N, O) bool; None where all have all."""
+        if path not in self.vocabulary_paths or self.vocabulary.present.all():
+            return None
+        return self.vocabulary.present
 
     def channel_parameters(self, path: str) -> list[str]:
         """Names of the parameters of a channel module in the base architecture."""
@@ -150,14 +155,26 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
     if out is not None:
         _check_not_a_source(Path(out), (base, *experts))
     text_config = load_config(base)
-    for expert in experts:
-        compare_configs(text_config, load_config(expert), expert.name)
-    compare_tokenizers(base, experts)
+    experts = [with_weights(expert) if expert.is_adapter else expert for expert in experts]
+    configs = [adapted_config(expert, text_config) if expert.is_adapter else load_config(expert) for expert in experts]
+    for expert, config in zip(experts, configs, strict=True):
+        compare_configs(text_config, config, expert.name)
+    vocabulary = plan_vocabulary(recipe.tokenizer_source, base, text_config, experts, configs)
+    text_config = with_vocabulary(text_config, vocabulary)
     inner, modules = base_architecture(text_config)
+    check_merged_class(text_config, [expert.name for expert in experts])
     shapes = parameter_shapes(inner, modules)
     base, *experts = (with_weights(source) for source in (base, *experts))
-    base_reader, *readers = (make_reader(source, inner, modules, shapes) for source in (base, *experts))
+    base_shapes, *own = (own_shapes(shapes, inner, vocabulary, number) for number in range(-1, len(experts)))
+    base_reader = make_reader(base, inner, modules, base_shapes)
+    readers = [
+        adapter_reader(expert, base, base_reader, inner, modules, expert_shapes)
+        if expert.is_adapter
+        else make_reader(expert, inner, modules, expert_shapes)
+        for expert, expert_shapes in zip(experts, own, strict=True)
+    ]
     dtype = output_dtype(recipe, [base_reader, *readers])
+    base_reader, *readers = by_merged_channels([base_reader, *readers], inner, vocabulary)
     plan = Plan(
         recipe=recipe.with_dtype(str(dtype).removeprefix("torch.")),
         base=base,
@@ -168,54 +185,26 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
         readers=tuple(readers),
         base_reader=base_reader,
         dtype=dtype,
+        vocabulary=vocabulary,
+        vocabulary_paths=vocabulary_paths(inner),
     )
     if out is not None:
         check_disk_space(Path(out), plan.max_bytes)
     return plan
 
 
-def find_source(name: str, model: str, folder: Path) -> Source:
-    """Where a model of the recipe is: a folder (relative to the recipe's), or a Hub repository.
-
-    Of a repository only the small files are fetched yet.
-    """
-    local = Path(model).expanduser()
-    local = local if local.is_absolute() else folder / local
-    if local.is_dir():
-        source = Source(name, model, None, local)
-    elif local.exists():
-        raise ValueError(f"{name}: {model} is a file, expected a folder with a checkpoint or a Hub id")
-    else:
-        repo, _, revision = model.partition("@")
-        if not HUB_ID.fullmatch(repo) or repo.startswith("."):
-            raise ValueError(f"{name}: there is no folder {model}")
-        snapshot = _fetch(name, repo, revision or None, SMALL_FILES)
-        source = Source(name, model, snapshot.name, snapshot)
-    if not (source.folder / "config.json").exists():
-        if (source.folder / "adapter_config.json").exists():
-            raise ValueError(f"{name}: {model} is a PEFT adapter; LoRA adapters are not supported yet, merge it first")
-        raise ValueError(f"{name}: {model} has no config.json")
-    return source
-
-
-def with_weights(source: Source) -> Source:
-    """The same source with its safetensors files at hand."""
-    if source.revision is not None:
-        try:
-            files = weight_files(source.folder)
-        except ValueError:
-            files = ["model.safetensors"]
-        _fetch(source.name, source.model.partition("@")[0], source.revision, files)
-    return source
-
-
 def load_config(source: Source) -> PreTrainedConfig:
     """The config of one checkpoint; refuses quantized and multimodal ones."""
+    if source.is_adapter:
+        raise ValueError(f"{source.name}: {source.model} is a PEFT adapter, expected a whole model")
     try:
         values = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        family = values.get("model_type")
+        if "auto_map" in values and family not in CONFIG_MAPPING:
+            raise ValueError(f"its architecture {family!r} is code of its own (auto_map), which is never run here")
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{source.name}: the config of {source.model} cannot be read: {_one_line(error)}") from None
+        raise ValueError(f"{source.name}: the config of {source.model} cannot be read: {one_line(error)}") from None
     if "quantization_config" in values:
         method = values["quantization_config"].get("quant_method", "unknown method")
         raise ValueError(f"{source.name}: {source.model} is quantized ({method}), expected float weights")
@@ -224,7 +213,34 @@ def load_config(source: Source) -> PreTrainedConfig:
             f"{source.name}: {source.model} ({config.model_type}) nests its language model in a larger one, "
             "which is not supported; save the language model alone"
         )
+    check_family(source.name, config)
     return config
+
+
+def adapted_config(expert: Source, base_config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the model that an adapter makes of its base: the base's, with the adapter's embedding's size."""
+    inner, _ = base_architecture(base_config)
+    embedding = next(path for path, module in inner.named_modules() if module is inner.get_input_embeddings())
+    size = saved_rows(expert, inner, f"{embedding}.weight")
+    config = copy.deepcopy(base_config)
+    config.vocab_size = base_config.vocab_size if size is None else size
+    return config
+
+
+def check_family(name: str, config: PreTrainedConfig) -> None:
+    """Refuse by name what is no dense decoder-only language model."""
+    family = f"{name}: {config.model_type}"
+    if config.is_encoder_decoder:
+        raise ValueError(f"{family} is an encoder-decoder, expected a decoder-only causal language model")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{family} has no causal language model in Transformers")
+    for field in MIXTURE_FIELDS:
+        count = getattr(config, field, None)
+        if isinstance(count, int) and count > 1:
+            raise ValueError(
+                f"{family} is a mixture of experts ({field} is {count}), which is not supported: "
+                "expected a dense causal language model"
+            )
 
 
 def compare_configs(base: PreTrainedConfig, expert: PreTrainedConfig, name: str) -> None:
@@ -232,16 +248,10 @@ def compare_configs(base: PreTrainedConfig, expert: PreTrainedConfig, name: str)
     if expert.model_type != base.model_type:
         raise ValueError(f"expert {name!r} is a {expert.model_type!r} model, the base is {base.model_type!r}")
     base_fields, expert_fields = base.to_dict(), expert.to_dict()
-    base_size, expert_size = base_fields.get("vocab_size"), expert_fields.get("vocab_size")
-    if base_size != expert_size:
-        raise ValueError(
-            f"expert {name!r} has vocab_size {expert_size}, the base has {base_size}: "
-            "vocabularies of different size are not supported yet"
-        )
     absent = object()
     for field in sorted(base_fields.keys() | expert_fields.keys()):
         ours, theirs = base_fields.get(field, absent), expert_fields.get(field, absent)
-        if field in FREE_CONFIG_FIELDS or ours == theirs:
+        if field in FREE_CONFIG_FIELDS or field == "vocab_size" or ours == theirs:
             continue
         shown = ["nothing" if value is absent else repr(value) for value in (theirs, ours)]
         message = f"expert {name!r} has {field} {shown[0]}, the base has {shown[1]}"
@@ -251,42 +261,78 @@ def compare_configs(base: PreTrainedConfig, expert: PreTrainedConfig, name: str)
         raise ValueError(f"{message}: they would compute differently")
 
 
-def compare_tokenizers(base: Source, experts: list[Source]) -> None:
-    """Warn of experts that know other tokens than the base: the merged model reads with the base's tokenizer."""
-    known = token_ids(base.folder)
-    for expert in experts:
-        theirs = token_ids(expert.folder)
-        changed = sorted(number for number in known.keys() & theirs.keys() if known[number] != theirs[number])
-        if changed:
-            logger.warning(
-                "expert %r has other tokens than the base at %d places, the first is %d (%r, the base has %r); "
-                "the base's tokenizer is kept",
-                expert.name,
-                len(changed),
-                changed[0],
-                theirs[changed[0]],
-                known[changed[0]],
+def plan_vocabulary(
+    tokenizer_source: str,
+    base: Source,
+    base_config: PreTrainedConfig,
+    experts: list[Source],
+    configs: list[PreTrainedConfig],
+) -> MergedVocabulary:
+    """The merged vocabulary of a base and its experts, from their tokenizers and configs."""
+    own = read_vocabulary(base.name, base.folder, base_config, base_config.vocab_size)
+    return merge_vocabularies(
+        tokenizer_source,
+        own,
+        [
+            read_vocabulary(
+                expert.name, expert.folder, config, config.vocab_size, base=own if expert.is_adapter else None
             )
+            for expert, config in zip(experts, configs, strict=True)
+        ],
+    )
 
 
-def token_ids(folder: Path) -> dict[int, str]:
-    """Tokens by number, of a fast tokenizer's file; nothing where there is none that can be read."""
-    try:
-        values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocab = values["model"]["vocab"]
-        if isinstance(vocab, dict):
-            tokens = {number: token for token, number in vocab.items()}
-        else:  # pieces and their scores, in order
-            tokens = {number: piece[0] for number, piece in enumerate(vocab)}
-        return tokens | {token["id"]: token["content"] for token in values.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return {}
+def with_vocabulary(base_config: PreTrainedConfig, vocabulary: MergedVocabulary) -> PreTrainedConfig:
+    """The base's config with the merged vocabulary's size and the places of its special tokens there."""
+    config = copy.deepcopy(base_config)
+    for key, value in vocabulary.base.special_ids.items():
+        setattr(config, key, vocabulary.base_channel(value))
+    config.vocab_size = vocabulary.size
+    return config
+
+
+def vocabulary_paths(inner: torch.nn.Module) -> tuple[str, ...]:
+    """Paths of the embedding and of the head, tied or not."""
+    modules = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    return tuple(path for path, module in inner.named_modules() if module in modules)
+
+
+def own_shapes(
+    shapes: dict[str, tuple[int, ...]], inner: torch.nn.Module, vocabulary: MergedVocabulary, expert: int
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of one expert's parameters (-1: the base's), with its own vocabulary."""
+    size = (vocabulary.base if expert < 0 else vocabulary.experts[expert]).size
+    paths = vocabulary_paths(inner)
+    return {
+        name: (size, *shape[1:]) if name.rpartition(".")[0] in paths else shape for name, shape in shapes.items()
+    }
+
+
+def by_merged_channels(
+    readers: list[ExpertReader], inner: torch.nn.Module, vocabulary: MergedVocabulary
+) -> list[ExpertReader | VocabularyReader]:
+    """The base's reader and the experts', their embeddings and heads read by the merged vocabulary's channels."""
+    if vocabulary.is_identity:
+        return readers
+    parameters = [f"{path}.{name}" for path in vocabulary_paths(inner) for name in ("weight", "bias")]
+    channels = (vocabulary.base_channels, *vocabulary.channels)
+    own_ids = [inverse(numbers, vocabulary.size) for numbers in channels]
+    base, *experts = readers
+    return [
+        VocabularyReader(base, parameters, own_ids[0], vocabulary.base.token_ids),
+        *(VocabularyReader(reader, parameters, own) for reader, own in zip(experts, own_ids[1:], strict=True)),
+    ]
 
 
 def base_architecture(text_config: PreTrainedConfig) -> tuple[torch.nn.Module, ModuleMap]:
     """The base model without data, and what becomes of its modules."""
     with torch.device("meta"):
         inner = AutoModelForCausalLM.from_config(text_config)
+    if "past_key_values" not in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"{type(inner).__name__} is not supported: it has no key-value cache (past_key_values); "
+            "state-space and recurrent models cannot be merged by channels"
+        )
     modules = find_modules(inner)
     for path, module in modules.channel.items():
         if module.tied_to and module.bias:
@@ -298,6 +344,13 @@ def base_architecture(text_config: PreTrainedConfig) -> tuple[torch.nn.Module, M
         if name not in parameters:
             raise ValueError(f"{type(inner).__name__} is not supported: it saves {name}, which is no parameter")
     return inner, modules
+
+
+def check_merged_class(text_config: PreTrainedConfig, expert_names: list[str]) -> None:
+    """ValueError where the merged model could not be built from what a conversion would write."""
+    config = ChannelMergedConfig(text_config=text_config.to_dict(), expert_names=expert_names)
+    with torch.device("meta"):
+        ChannelMergedForCausalLM(config)
 
 
 def parameter_shapes(inner: torch.nn.Module, modules: ModuleMap) -> dict[str, tuple[int, ...]]:
@@ -317,7 +370,7 @@ def make_reader(
 ) -> ExpertReader:
     """Check one checkpoint's headers against the base architecture; the reader of its tensors."""
     try:
-        stored = read_headers(source.folder)
+        stored = by_parameter_name(inner, read_headers(source.folder))
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from None
     heads = {f"{path}.weight" for path, module in modules.channel.items() if module.tied_to}
@@ -354,7 +407,7 @@ def check_disk_space(out: Path, max_bytes: int) -> None:
     folder = out.resolve()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(folder).free + leftover_bytes(out)  # a stopped run's files are taken over, or removed
     if max_bytes > free:
         raise ValueError(
             f"{out} needs up to {max_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there: free some space"
@@ -368,7 +421,7 @@ def _check_tensor(source: Source, name: str, tensor: StoredTensor, shape: tuple[
             "(quantized checkpoints cannot be merged)"
         )
     if tensor.shape != shape:
-        raise ValueError(f"{source.name}: {name} has shape {list(tensor.shape)}, the base has {list(shape)}")
+        raise ValueError(f"{source.name}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def _check_not_a_source(out: Path, sources: tuple[Source, ...]) -> None:
@@ -388,20 +441,6 @@ def _positions_are_unbounded(fields: dict[str, Any]) -> bool:
     return all(value.get("rope_type", "default") == "default" for value in per_layer_type or [rope])
 
 
-def _fetch(name: str, repo: str, revision: str | None, patterns: tuple[str, ...] | list[str]) -> Path:
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        place = repo + (f"@{revision}" if revision else "")
-        raise ValueError(
-            f"{name}: there is no folder {place} and the Hub did not give it: {_one_line(error)}"
-        ) from None
-
-
 def _first(names: list[str]) -> str:
     """The first of several names, and how many more there are."""
     return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

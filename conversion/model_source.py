@@ -1,0 +1,125 @@
+"""Where the models of a recipe are: local folders, or Hub repositories of which only the files needed are fetched.
+
+A folder holds one model: the weights of a whole model, or a PEFT adapter (`adapter_config.json`) of the base.
+"""
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from conversion.expert_reader import ADAPTER_FORMATS, MODEL_FORMATS, weight_files
+
+logger = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+ADAPTER_CONFIG = "adapter_config.json"
+
+# What a model has beside its weights, at the top of its repository: the Hub's patterns match folders with "*" too,
+# so none begins with one.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "conversion_report.json",
+    "README.md",
+    ADAPTER_CONFIG,
+    *(format.index for format in MODEL_FORMATS),
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "qwen.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "experts/*",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint: where it is, and what is written down about it."""
+
+    name: str  # the expert's name, or "base_model"
+    model: str  # as the recipe has it
+    revision: str | None  # commit of a Hub repository
+    folder: Path
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds a PEFT adapter; where it holds a model beside it, the adapter counts."""
+        return (self.folder / ADAPTER_CONFIG).exists()
+
+    @property
+    def repository(self) -> str:
+        """The Hub id without its revision."""
+        return self.model.partition("@")[0]
+
+    def record(self) -> dict[str, str]:
+        record = {"name": self.name, "model": self.model}
+        if self.revision:
+            record["revision"] = self.revision
+        if self.is_adapter:
+            record["adapter"] = "LoRA"
+        return record
+
+
+def find_source(name: str, model: str, folder: Path) -> Source:
+    """Where a model of the recipe is: a folder (relative to the recipe's), or a Hub repository.
+
+    Of a repository only the small files are fetched yet.
+    """
+    local = Path(model).expanduser()
+    local = local if local.is_absolute() else folder / local
+    if local.is_dir():
+        source = Source(name, model, None, local)
+        if source.is_adapter and any((local / format.single).exists() for format in MODEL_FORMATS):
+            logger.warning("%s: %s holds a model and a PEFT adapter, the adapter is read", name, model)
+    elif local.exists():
+        raise ValueError(f"{name}: {model} is a file, expected a folder with a checkpoint or a Hub id")
+    else:
+        repo, _, revision = model.partition("@")
+        if not HUB_ID.fullmatch(repo) or repo.startswith("."):
+            raise ValueError(f"{name}: there is no folder {model}")
+        snapshot = _fetch(name, repo, revision or None, SMALL_FILES)
+        source = Source(name, model, snapshot.name, snapshot)
+    if not source.is_adapter and not (source.folder / "config.json").exists():
+        raise ValueError(f"{name}: {model} has no config.json")
+    return source
+
+
+def with_weights(source: Source) -> Source:
+    """The same source with its weight files at hand: safetensors if it has them, else pickled ones.
+
+    The order is Transformers' own: one file before several, safetensors before `.bin`.
+    """
+    if source.revision is None:
+        return source
+    for format in ADAPTER_FORMATS if source.is_adapter else MODEL_FORMATS:
+        _fetch(source.name, source.repository, source.revision, [format.single])
+        if (source.folder / format.single).exists():
+            break
+        if (source.folder / format.index).exists():
+            _fetch(source.name, source.repository, source.revision, weight_files(source.folder, [format]))
+            break
+    return source
+
+
+def _fetch(name: str, repo: str, revision: str | None, patterns: Iterable[str]) -> Path:
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        place = repo + (f"@{revision}" if revision else "")
+        raise ValueError(
+            f"{name}: there is no folder {place} and the Hub did not give it: {one_line(error)}"
+        ) from None
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
