@@ -21,7 +21,7 @@ class ActiveExperts:
     Attributes:
         expert: index of the one expert that the whole batch uses, or None for a mixed batch.
         expert_index: (B,) int64 expert of each batch row; None when `expert` is given.
-        order: (B,) int64 batch rows sorted by expert, and `restore`, its inverse; only for a mixed batch.
+        order: (B,) int64 batch rows sorted by expert, and `restore`, its inverse; None where the index was not read.
         counts: (expert, number of batch rows) along `order`.
         trunk_only: the pass only makes the router's features and stops after its blocks.
     """
@@ -42,6 +42,11 @@ class ActiveExperts:
         order = expert_index.argsort(stable=True)
         return cls(None, expert_index, order, order.argsort(), tuple(counts))
 
+    @classmethod
+    def mixed(cls, expert_index: torch.LongTensor) -> "ActiveExperts":
+        """A batch whose (B,) index stays on the device: always run as a mixed one, through all stored rows."""
+        return cls(None, expert_index)
+
 
 _active: ContextVar[ActiveExperts | None] = ContextVar("active_experts", default=None)
 _mirror: ActiveExperts | None = None
@@ -51,13 +56,14 @@ _mirror: ActiveExperts | None = None
 def activate(active: ActiveExperts | None) -> Iterator[None]:
     """Run the enclosed forward pass with these experts."""
     global _mirror
-    token, mirrored = _active.set(active), _mirror
-    _mirror = active
+    mirrored, _mirror = _mirror, active
+    token = None if torch.compiler.is_dynamo_compiling() else _active.set(active)
     try:
         yield
     finally:
-        _active.reset(token)
         _mirror = mirrored
+        if token is not None:
+            _active.reset(token)
 
 
 def active_or_none() -> ActiveExperts | None:

@@ -11,6 +11,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from .active_experts import ActiveExperts, active_experts
+from .channel_kernels import RowOwners, kernel_applies, kernel_linear, kernels_run_on, row_owners
 from .channel_ops import (
     ALL_ROWS_MAX_TOKENS,
     ExpertRuns,
@@ -28,20 +30,26 @@ from .channel_ops import (
     run_linear,
 )
 
+PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
+
 # Subclasses of nn.Linear whose forward is known to be the plain product plus bias.
 PLAIN_LINEAR_SUBCLASSES = ("FalconLinear",)
 
 
 def initial_channel_index(num_experts: int, num_channels: int, num_rows: int) -> torch.IntTensor:
-    """A valid (N, O) index for a model that is not loaded: every expert reads one window of O of the R rows."""
-    if not num_channels <= num_rows <= num_channels * num_experts:
+    """A valid (N, O) index for a model that is not loaded: every expert reads one window of O of the R rows.
+
+    There are fewer rows than channels where no expert has some of the tokens.
+    """
+    if not 1 <= num_rows <= num_channels * num_experts:
         raise ValueError(
             f"{num_rows} rows cannot hold {num_channels} channels of {num_experts} experts: "
-            f"expected {num_channels} to {num_channels * num_experts}"
+            f"expected 1 to {num_channels * num_experts}"
         )
-    extra = num_rows - num_channels
+    extra = max(0, num_rows - num_channels)
     starts = [round(expert * extra / max(1, num_experts - 1)) for expert in range(num_experts)]
-    return torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(num_channels, dtype=torch.int32)
+    index = torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(num_channels, dtype=torch.int32)
+    return index.clamp(max=num_rows - 1)
 
 
 class ChannelIndexed(nn.Module):
@@ -73,6 +81,40 @@ class ChannelIndexed(nn.Module):
         return self.channel_index.shape[0]
 
 
+def is_plain(rows: nn.Module) -> bool:
+    """Whether views of the weight of `rows` may stand for calling it."""
+    state = rows.__dict__
+    return (
+        type(rows) is nn.Linear
+        and type(state["_parameters"].get("weight")) in PLAIN_TENSORS
+        and not state["_forward_hooks"]
+        and not state["_forward_pre_hooks"]
+        and "forward" not in state
+    )
+
+
+class DerivedIndex(NamedTuple):
+    """What a linear map derives from its `channel_index`, once."""
+
+    runs: tuple[ExpertRuns, ...]
+    may_miss: bool  # some expert lacks some channel
+    row_owners: RowOwners | None  # None where the kernel cannot run
+    index: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, index: torch.Tensor, num_rows: int) -> "DerivedIndex":
+        runs = expert_runs(index)
+        owners = row_owners(index, num_rows) if kernels_run_on(index.device) else None
+        # Tensors made in inference mode count no versions; nobody may write to them later either.
+        version = -1 if index.is_inference() else index._version
+        return cls(runs, any(run.missing is not None for run in runs), owners, index, version)
+
+    def follows(self, index: torch.Tensor) -> bool:
+        """Whether this was derived from `index` as it is now."""
+        return self.index is index and (self.version == -1 or self.version == index._version)
+
+
 class ChannelMergedLinear(ChannelIndexed):
     """N linear maps (I -> O) that share rows.
 
@@ -92,8 +134,7 @@ class ChannelMergedLinear(ChannelIndexed):
         self.rows = nn.Linear(in_features, num_rows, bias=bias, device=device, dtype=dtype)
         index = initial_channel_index(num_experts, out_features, num_rows)
         self.register_buffer("channel_index", index.to(device))
-        self._runs: tuple[ExpertRuns, ...] | None = None
-        self._runs_of: tuple[torch.Tensor, int] | None = None
+        self._derived: DerivedIndex | None = None
 
     @property
     def num_rows(self) -> int:
@@ -105,53 +146,52 @@ class ChannelMergedLinear(ChannelIndexed):
         return self.rows.bias
 
     @property
-    def runs(self) -> tuple[ExpertRuns, ...]:
-        """Runs of every expert, derived again whenever `channel_index` is another tensor or was written to."""
-        if torch.compiler.is_dynamo_compiling() and self._runs is not None:
-            return self._runs
-        index = self.channel_index
-        if self._runs is None or self._runs_of[0] is not index or self._runs_of[1] != index._version:
-            self._runs, self._runs_of = expert_runs(index), (index, index._version)
-        return self._runs
+    def derived(self) -> "DerivedIndex":
+        """What follows from `channel_index`, derived again whenever it is another tensor or was written to."""
+        index, derived = self._buffers["channel_index"], self._derived
+        if derived is None or not (torch.compiler.is_dynamo_compiling() or derived.follows(index)):
+            derived = self._derived = DerivedIndex.of(index, self.num_rows)
+        return derived
 
     def __getstate__(self):
-        # Derived from channel_index; a copy derives its own.
-        return {**self.__dict__, "_runs": None, "_runs_of": None}
-
-    def rows_are_plain(self) -> bool:
-        """Whether views of the rows' weight may stand for calling `rows`."""
-        rows = self.rows
-        return (
-            type(rows) is nn.Linear
-            and type(rows.weight) in (nn.Parameter, torch.Tensor)
-            and not rows._forward_hooks
-            and not rows._forward_pre_hooks
-            and "forward" not in rows.__dict__
-        )
+        # A copy derives its own.
+        return {**self.__dict__, "_derived": None}
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, *, I) or flattened (B * T, I) -> the same leading dimensions with O channels."""
-        active = active_experts()
+        active, derived = active_experts(), self.derived
+        # Straight from the dictionaries of nn.Module: its attribute look-up costs as much as a small product.
+        rows = self._modules["rows"]
+        if not is_plain(rows):
+            return self._call_rows(hidden_states, active)
+        weight, bias = rows._parameters["weight"], rows._parameters["bias"]
+        if derived.row_owners is not None and kernel_applies(hidden_states, weight, bias):
+            owners = derived.row_owners
+            one = active.expert is not None
+            experts = owners.experts[active.expert] if one else active.expert_index.to(hidden_states.device)
+            return kernel_linear(hidden_states, weight, bias, owners, experts)
         if active.expert is not None:
-            return self._one_expert(hidden_states, active.expert)
-        return split_batch(self._mixed, hidden_states, active)
+            return run_linear(hidden_states, weight, bias, derived.runs[active.expert])
+        if active.order is None or hidden_states.shape[:-1].numel() <= ALL_ROWS_MAX_TOKENS:
+            return self._call_rows(hidden_states, active)
+        return split_batch(self._per_expert, hidden_states, active)
 
-    def _one_expert(self, hidden_states: torch.Tensor, expert: int) -> torch.Tensor:
-        if self.rows_are_plain():
-            return run_linear(hidden_states, self.rows.weight, self.rows.bias, self.runs[expert])
-        missing = self.runs[expert].missing
-        return fill_missing(self.rows(hidden_states)[..., self.channel_index[expert].clamp(min=0)], missing)
+    def _call_rows(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
+        """All R rows, whatever they are, and a gather of their outputs."""
+        if active.expert is not None:
+            runs = self.derived.runs[active.expert]
+            return fill_missing(self.rows(hidden_states)[..., runs.rows], runs.missing)
+        return split_batch(self._gather_mixed, self.rows(hidden_states), active)
 
-    def _mixed(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
-        num_tokens = hidden_states[..., 0].numel()
-        if num_tokens <= ALL_ROWS_MAX_TOKENS or not self.rows_are_plain():
-            index = active.expert_index.to(hidden_states.device)
-            may_miss = any(runs.missing is not None for runs in self.runs)
-            return gather_channels(self.rows(hidden_states), self.channel_index, index, may_miss)
+    def _gather_mixed(self, row_outputs: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
+        expert_index = active.expert_index.to(row_outputs.device)
+        return gather_channels(row_outputs, self.channel_index, expert_index, self.derived.may_miss)
+
+    def _per_expert(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
+        """Each expert multiplies its own batch rows."""
         order, restore = active.order.to(hidden_states.device), active.restore.to(hidden_states.device)
-        return grouped_linear(hidden_states[order], self.rows.weight, self.rows.bias, self.runs, active.counts)[
-            restore
-        ]
+        weight, bias = self.rows.weight, self.rows.bias
+        return grouped_linear(hidden_states[order], weight, bias, self.derived.runs, active.counts)[restore]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"
@@ -198,16 +238,21 @@ class ChannelMergedEmbedding(ChannelIndexed):
 
 
 class PerExpert(nn.Module):
-    """One exact copy per expert of a small module that has parameters but no channels (norm, learned positions)."""
+    """One exact copy per expert of a small module that has parameters but no channels (norm, learned positions).
 
-    def __init__(self, module: nn.Module, num_experts: int):
+    `broadcasts` says that `call_broadcast` is right for it.
+    """
+
+    def __init__(self, module: nn.Module, num_experts: int, broadcasts: bool = False):
         super().__init__()
+        self.broadcasts = broadcasts
         self.experts = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(num_experts - 1))])
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         active = active_experts()
         if active.expert is not None:
-            return self.experts[active.expert](*args, **kwargs)
+            # Straight from the dictionaries: ModuleList's own look-up costs as much as a small norm.
+            return self._modules["experts"]._modules[str(active.expert)](*args, **kwargs)
         if isinstance(self.experts[0], nn.Embedding):
             return self._select(active, *args, **kwargs)
         return split_batch(self._batched, args[0], active)
@@ -220,17 +265,57 @@ class PerExpert(nn.Module):
         return outputs[expert_index, torch.arange(len(expert_index), device=outputs.device)]
 
     def _batched(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
-        """The base module's forward mapped over the batch, each batch row with its expert's parameters."""
+        """The base module's forward over the batch, each batch row with its expert's parameters."""
         expert_index = active.expert_index.to(hidden_states.device)
         parameters = {
-            name: torch.stack([expert.get_parameter(name) for expert in self.experts])[expert_index]
-            for name, _ in self.experts[0].named_parameters()
+            name: torch.stack([expert._parameters[name] for expert in self.experts])[expert_index]
+            for name in self.experts[0]._parameters
+            if self.experts[0]._parameters[name] is not None
         }
+        call = call_broadcast if self.broadcasts else call_mapped
+        return call(self.experts[0], parameters, hidden_states)
 
-        def one(parameters: dict[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
-            return functional_call(self.experts[0], parameters, (hidden_states,))
 
-        return torch.vmap(one)(parameters, hidden_states)
+def call_mapped(module: nn.Module, parameters: dict[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+    """`module` on every batch row with its own parameters, (B, *shape) each: right for any module, slow to call."""
+
+    def one(parameters: dict[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
+        return functional_call(module, parameters, (hidden_states,))
+
+    return torch.vmap(one)(parameters, hidden_states)
+
+
+def call_broadcast(
+    module: nn.Module, parameters: dict[str, torch.Tensor], hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """The same by broadcasting, for a module that only multiplies and adds its parameters to the last dimensions."""
+    views = {
+        name: value.view(len(value), *[1] * (hidden_states.dim() - value.dim()), *value.shape[1:])
+        for name, value in parameters.items()
+    }
+    return functional_call(module, views, (hidden_states,))
+
+
+@torch.no_grad()
+def broadcasts(module: nn.Module) -> bool:
+    """Whether `call_broadcast` gives what `call_mapped` gives, tried on random float32 values on the CPU."""
+    if isinstance(module, nn.Embedding) or next(module.parameters()).dim() == 0:
+        return False
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, device="cpu").add_(0.5)
+
+    module = copy.deepcopy(module).to_empty(device="cpu").float()
+    parameters = {name: random(2, *value.shape) for name, value in module.named_parameters()}
+    shape = next(iter(parameters.values())).shape[1:]
+    try:
+        return all(
+            torch.equal(call_broadcast(module, parameters, x), call_mapped(module, parameters, x))
+            for x in (random(2, 3, *shape), random(2, 3, 2, *shape))
+        )
+    except (RuntimeError, TypeError):
+        return False
 
 
 def split_batch(call, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
@@ -325,8 +410,13 @@ def swap_modules(inner: nn.Module, modules: ModuleMap, rows: dict[str, int], num
     for path, spec in modules.channel.items():
         num_rows = rows.get(path, spec.out_features)
         inner.set_submodule(path, merged_module(inner.get_submodule(path), spec, num_rows, num_experts))
+    tried: dict[str, bool] = {}
     for path in modules.per_expert:
-        inner.set_submodule(path, PerExpert(inner.get_submodule(path), num_experts))
+        module = inner.get_submodule(path)
+        kind = repr(module)  # class, shape and epsilon
+        if kind not in tried:
+            tried[kind] = broadcasts(module)
+        inner.set_submodule(path, PerExpert(module, num_experts, tried[kind]))
 
 
 @torch.no_grad()

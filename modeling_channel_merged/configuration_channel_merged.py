@@ -28,6 +28,11 @@ class ChannelMergedConfig(PreTrainedConfig):
             the attention mask or "last" token), `trunk_expert` (the expert whose weights make the features),
             `default_expert` (answers while the router is untrained or less sure than `threshold`), `threshold`
             (probability in [0, 1]; 0 always follows the router).
+        expert_vocabularies: every expert's own vocabulary by its name, where it is whole: `size` ids, which are the
+            merged vocabulary's ids in `runs` of [first id, length], and its own `bos_token_id`, `eos_token_id` and
+            `pad_token_id`. An export restores it.
+        expert_eos_token_ids: tokens that end an expert's answer, by its name; None where all have
+            `generation_config.eos_token_id`.
         merge: how the checkpoint was made (recipe, revisions, method, seed, versions); only kept, never read.
         format_version: version of the stored form.
     """
@@ -40,6 +45,8 @@ class ChannelMergedConfig(PreTrainedConfig):
     num_experts: int | None = None
     rows: dict[str, int] | None = None
     router: dict[str, Any] | None = None
+    expert_vocabularies: dict[str, dict[str, Any]] | None = None
+    expert_eos_token_ids: dict[str, list[int]] | None = None
     merge: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
@@ -59,6 +66,7 @@ class ChannelMergedConfig(PreTrainedConfig):
             "threshold": 0.0,
             **(self.router or {}),
         }
+        self.expert_vocabularies = dict(self.expert_vocabularies or {})
         self.merge = dict(self.merge or {})
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.auto_map = dict(AUTO_MAP)
@@ -90,6 +98,16 @@ class ChannelMergedConfig(PreTrainedConfig):
             )
         if self.router["pooling"] not in POOLINGS:
             raise ValueError(f"router.pooling is {self.router['pooling']!r}, expected one of {POOLINGS}")
+        for name, vocabulary in self.expert_vocabularies.items():
+            end = max((first + length for first, length in vocabulary["runs"]), default=0)
+            size = sum(length for _, length in vocabulary["runs"])
+            if name not in names or size != vocabulary["size"] or end > self.vocab_size:
+                raise ValueError(
+                    f"expert_vocabularies[{name!r}] has {size} of {vocabulary['size']} ids below {end}, expected an "
+                    f"expert of {names} and ids of the merged vocabulary of {self.vocab_size}"
+                )
+        if self.expert_eos_token_ids is not None and set(self.expert_eos_token_ids) != set(names):
+            raise ValueError(f"expert_eos_token_ids is of {sorted(self.expert_eos_token_ids)}, expected of {names}")
         if not 0 <= self.router["threshold"] <= 1:
             raise ValueError(f"router.threshold is {self.router['threshold']}, expected a probability in [0, 1]")
 
@@ -125,6 +143,24 @@ class ChannelMergedConfig(PreTrainedConfig):
     def num_attention_heads(self, value: int):
         self.text_config.num_attention_heads = value
 
+    def vocabulary_channels(self, expert: str | int) -> list[int] | None:
+        """The merged vocabulary's id of each of an expert's own ids; None where its own vocabulary is not known."""
+        vocabulary = self.expert_vocabularies.get(self.expert_names[self.expert_id(expert)])
+        if vocabulary is None:
+            return None
+        return [number for first, length in vocabulary["runs"] for number in range(first, first + length)]
+
+    def resize_vocabulary(self, size: int):
+        """Change the merged vocabulary's size; ids that are new belong to every expert, behind its own ones."""
+        added = size - self.vocab_size
+        for name, vocabulary in list(self.expert_vocabularies.items()):
+            if added > 0:
+                runs = [*vocabulary["runs"], [self.vocab_size, added]]
+                self.expert_vocabularies[name] = {**vocabulary, "size": vocabulary["size"] + added, "runs": runs}
+            elif any(first + length > size for first, length in vocabulary["runs"]):
+                del self.expert_vocabularies[name]
+        self.vocab_size = size
+
     def expert_id(self, expert: str | int) -> int:
         """Index of an expert given by name or index; ValueError with the known names otherwise."""
         if isinstance(expert, str):
@@ -133,7 +169,7 @@ class ChannelMergedConfig(PreTrainedConfig):
             return self.expert_names.index(expert)
         if isinstance(expert, bool) or not 0 <= expert < self.num_experts:
             raise ValueError(f"expert index {expert} is out of range: this model has {self.num_experts} experts")
-        return int(expert)
+        return list(range(self.num_experts))[expert]  # a constant also where torch.compile made `expert` a symbol
 
 
 __all__ = ["ChannelMergedConfig"]

@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .active_experts import ActiveExperts, activate, active_or_none
-from .channel_merged_layers import ChannelIndexed, find_modules, resize_channels, swap_modules
+from .channel_merged_layers import ChannelIndexed, PerExpert, find_modules, resize_channels, swap_modules
 from .configuration_channel_merged import ChannelMergedConfig
 from .expert_router import ExpertRouter
+from .expert_stopping import ExpertEosCriteria
 
 logger = logging.get_logger(__name__)
 
@@ -164,8 +165,10 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
     def decoder_blocks(self) -> nn.ModuleList:
         """The decoder blocks of the base architecture, in order."""
         count = self.config.num_hidden_layers
-        for module in self.model.base_model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
+        decoder = self.model.base_model
+        copies = [module.experts for module in decoder.modules() if isinstance(module, PerExpert)]
+        for module in decoder.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count and module not in copies:
                 return module
         raise ValueError(f"{type(self.model).__name__} has no list of {count} decoder blocks")
 
@@ -228,10 +231,14 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         for module in (embedding, head):
             if isinstance(module, ChannelIndexed):
                 resize_channels(module, size, std)
+        if head is not None and self.config.tie_word_embeddings:
+            # The head does not read the row of tokens that an expert lacks, and so would number its rows otherwise.
+            head.channel_index = embedding.channel_index.masked_fill(head.channel_index < 0, -1)
+            head.rows.out_features = embedding.num_rows
         for path, module in self.channel_modules().items():
             if module in (embedding, head):
                 self.config.rows[path] = module.num_rows
-        self.config.get_text_config().vocab_size = size
+        self.config.resize_vocabulary(size)
         self.tie_weights()
         return embedding
 
@@ -328,6 +335,8 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         A filled cache keeps the experts that filled it; another expert's keys and values would be wrong silently.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
+        if expert_index is not None and torch.compiler.is_dynamo_compiling():
+            return *self._experts_in_graph(inputs, expert_index), None
         cached = experts_of_cache(past_key_values)
         if expert_index is None:
             if cached is not None:
@@ -336,10 +345,27 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
             return ActiveExperts.from_index(routing.expert_index), routing.expert_index, routing.logits
         if cached is not None and expert_index is cached.expert_index:
             return cached.active, cached.expert_index, None
-        expert_index = self.expert_ids(expert_index, inputs.shape[0], inputs.device)
+        if isinstance(expert_index, str | int):  # nothing to read from a device
+            active = ActiveExperts(self.config.expert_id(expert_index))
+            expert_index = inputs.new_full(inputs.shape[:1], active.expert, dtype=torch.int64)
+        else:
+            expert_index = self.expert_ids(expert_index, inputs.shape[0], inputs.device)
+            active = ActiveExperts.from_index(expert_index)
         if cached is not None and expert_index.shape == cached.expert_index.shape:
             self._check_same_experts(expert_index, cached.expert_index)
-        return ActiveExperts.from_index(expert_index), expert_index, None
+        return active, expert_index, None
+
+    def _experts_in_graph(
+        self, inputs: torch.Tensor, expert_index: str | int | torch.LongTensor
+    ) -> tuple[ActiveExperts, torch.LongTensor]:
+        """The same while torch.compile traces, where nothing can be read from the device.
+
+        No checks; one graph for each expert that is named, and one for all (B,) tensors, which run as mixed batches.
+        """
+        if isinstance(expert_index, torch.Tensor):
+            return ActiveExperts.mixed(expert_index), expert_index
+        active = ActiveExperts(self.config.expert_id(expert_index))
+        return active, inputs.new_full(inputs.shape[:1], active.expert, dtype=torch.int64)
 
     def _check_same_experts(self, expert_index: torch.LongTensor, cached: torch.LongTensor):
         for row, (wanted, filled) in enumerate(zip(expert_index.tolist(), cached.tolist(), strict=True)):
@@ -349,6 +375,12 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
                     f"row {row} asks for expert {names[wanted]!r}, but past_key_values was filled by "
                     f"{names[filled]!r}: start from an empty cache to change the expert"
                 )
+
+
+def remember_experts(past_key_values: Cache | None, expert_index: torch.LongTensor, active: ActiveExperts):
+    """Keep the experts that filled a cache on it; a compiled step leaves what the eager prefill kept."""
+    if past_key_values is not None and not torch.compiler.is_dynamo_compiling():
+        past_key_values.channel_merged_experts = _CacheExperts(expert_index, active)
 
 
 def experts_of_cache(past_key_values: Cache | None) -> _CacheExperts | None:
@@ -400,8 +432,7 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        if outputs.past_key_values is not None:
-            outputs.past_key_values.channel_merged_experts = _CacheExperts(expert_index, active)
+        remember_experts(outputs.past_key_values, expert_index, active)
         return ChannelMergedModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -459,6 +490,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
         active, expert_index, router_logits = self._experts_of_batch(
             input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
         )
+        capped = self._caps_missing_tokens()
         with activate(active):
             outputs = self.model(
                 input_ids=input_ids,
@@ -466,22 +498,33 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
                 **({} if position_ids is None else {"position_ids": position_ids}),
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
-                labels=labels,
+                labels=None if capped else labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        if outputs.past_key_values is not None:
-            outputs.past_key_values.channel_merged_experts = _CacheExperts(expert_index, active)
+        remember_experts(outputs.past_key_values, expert_index, active)
+        loss, logits = outputs.loss, outputs.logits
+        if capped:
+            index = self.get_output_embeddings().channel_index
+            missing = index[expert_index.to(index.device)] < 0  # (B, V)
+            logits = logits.masked_fill(missing[:, None].to(logits.device), float("-inf"))
+            if labels is not None:
+                loss = self.model.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return ChannelMergedCausalLMOutput(
-            loss=outputs.loss,
-            logits=outputs.logits,
+            loss=loss,
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=router_logits,
             expert_index=expert_index,
         )
+
+    def _caps_missing_tokens(self) -> bool:
+        """Whether the base architecture turns the -inf of a token that an expert does not have into a number."""
+        capping = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return capping is not None and self.get_output_embeddings().derived.may_miss
 
     def generate(self, *args, expert_index: ExpertIndex | None = None, **kwargs):
         """`GenerationMixin.generate`, each prompt answered by one expert.
@@ -523,6 +566,24 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
         return super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, expert_index=expert_index, **model_kwargs
         )
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args, **kwargs) -> StoppingCriteriaList:
+        """Where experts end their answers with different tokens, each row stops at those of its own expert.
+
+        That is so as long as `eos_token_id` is that of all experts together, as the checkpoint's generation config
+        has it; any other one stops all rows alike.
+        """
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        ends = self.config.expert_eos_token_ids
+        tokens = generation_config._eos_token_tensor
+        if ends is None or tokens is None or {*tokens.tolist()} != {token for end in ends.values() for token in end}:
+            return criteria
+        expert_index = _last_routing.get().expert_index
+        own = ExpertEosCriteria([ends[name] for name in self.config.expert_names], expert_index)
+        replaced = [
+            own if getattr(criterion, "eos_token_id", None) is tokens else criterion for criterion in criteria
+        ]
+        return StoppingCriteriaList(replaced)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
         """A draft model of another class knows no experts."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, T5Config
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from modeling_channel_merged.active_experts import ActiveExperts, activate
@@ -13,13 +14,21 @@ from modeling_channel_merged.channel_merged_layers import (
     ChannelMergedEmbedding,
     ChannelMergedLinear,
     PerExpert,
+    broadcasts,
     find_modules,
     initial_channel_index,
     resize_channels,
 )
-from modeling_channel_merged.channel_ops import ALL_ROWS_MAX_TOKENS, layout_rows, reference_linear
+from modeling_channel_merged.channel_ops import (
+    ALL_ROWS_MAX_TOKENS,
+    COPY_MIN_TOKENS,
+    MAX_RUNS,
+    layout_rows,
+    reference_linear,
+)
 
-FEW, MANY = 3, ALL_ROWS_MAX_TOKENS + 1
+# Tokens of each batch row that reach every path of the products: see `run_path`.
+FEW, MANY, COPIES = 3, ALL_ROWS_MAX_TOKENS + 1, COPY_MIN_TOKENS
 
 
 def random_linear(num_experts=4, in_features=63, out_features=100, bias=True, dtype=torch.float32, seed=0):
@@ -52,7 +61,7 @@ def rms(values):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [1, FEW, MANY])
+@pytest.mark.parametrize("tokens", [1, FEW, MANY, COPIES])
 @pytest.mark.parametrize("experts", [[2], [1, 1], [3, 0, 3, 1, 2]], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_matches_the_plain_definition(dtype, tokens, experts, bias):
@@ -77,7 +86,20 @@ def test_linear_at_odd_sizes(in_features, out_features, num_experts):
         assert_within_twice_the_plain_error(output, linear, hidden_states, expert_index)
 
 
-@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("tokens", [1, 20, MANY, COPIES])
+@pytest.mark.parametrize("expert", [0, 1])
+def test_many_experts_with_many_runs(tokens, expert):
+    linear = random_linear(num_experts=12)
+    assert max(len(runs.slices) for runs in linear.derived.runs) > MAX_RUNS / 2
+    longer = random_linear(num_experts=12, out_features=900)
+    assert len(longer.derived.runs[expert].slices) > MAX_RUNS
+    for layer in (linear, longer):
+        hidden_states, expert_index = torch.randn(1, tokens, 63), torch.tensor([expert])
+        with torch.no_grad(), activate(ActiveExperts(expert)):
+            assert_within_twice_the_plain_error(layer(hidden_states), layer, hidden_states, expert_index)
+
+
+@pytest.mark.parametrize("tokens", [FEW, MANY, COPIES])
 @pytest.mark.parametrize("experts", [[1, 1], [3, 0, 2, 0]], ids=str)
 def test_linear_gradients(tokens, experts):
     """Gradients of input, rows and biases match those of the plain definition; rows nobody read get none."""
@@ -184,9 +206,15 @@ def test_initial_index_is_valid(num_rows):
     assert all(len(row.unique()) == 10 for row in index)
 
 
-@pytest.mark.parametrize("num_rows", [9, 31])
+def test_initial_index_of_fewer_rows_than_channels():
+    """No expert has some of the tokens."""
+    index = initial_channel_index(3, 10, 4)
+    assert index.shape == (3, 10) and index.min() == 0 and index.max() == 3
+
+
+@pytest.mark.parametrize("num_rows", [0, 31])
 def test_impossible_row_count(num_rows):
-    with pytest.raises(ValueError, match=f"{num_rows} rows cannot hold 10 channels of 3 experts: expected 10 to 30"):
+    with pytest.raises(ValueError, match=f"{num_rows} rows cannot hold 10 channels of 3 experts: expected 1 to 30"):
         initial_channel_index(3, 10, num_rows)
 
 
@@ -210,11 +238,12 @@ def test_embedding_looks_up_the_row_of_its_expert_and_keeps_the_base_class(exper
         assert torch.equal(output[row], 3 * embedding.rows.weight[rows])
 
 
+@pytest.mark.parametrize("broadcast", [False, True])
 @pytest.mark.parametrize("make", [lambda: nn.LayerNorm(12), lambda: nn.RMSNorm(12), lambda: LlamaRMSNorm(12)])
 @pytest.mark.parametrize("shape", [(4, 5, 12), (4, 5, 3, 12), (20, 12)], ids=str)
-def test_norms_of_a_mixed_batch_equal_each_experts_own(make, shape):
+def test_norms_of_a_mixed_batch_equal_each_experts_own(make, shape, broadcast):
     torch.manual_seed(0)
-    norms = PerExpert(make(), 3)
+    norms = PerExpert(make(), 3, broadcast and broadcasts(make()))
     for parameter in norms.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
     expert_index = torch.tensor([2, 0, 1, 2])
@@ -224,6 +253,21 @@ def test_norms_of_a_mixed_batch_equal_each_experts_own(make, shape):
     per_token = expert_index if shape[0] == 4 else expert_index.repeat_interleave(5)
     expected = torch.stack([norms.experts[e](row) for row, e in zip(hidden_states, per_token.tolist(), strict=True)])
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (LlamaRMSNorm(12), True),
+        (CohereLayerNorm((3, 12)), True),
+        (nn.LayerNorm(12), False),  # its kernel takes the weight as one vector
+        (nn.Embedding(3, 12), False),
+        (nn.PReLU(), False),  # more than products and sums with the last dimension
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_which_modules_broadcast_is_found_by_trying(module, expected):
+    assert broadcasts(module) is expected
 
 
 def test_norm_gradients_of_a_mixed_batch():

@@ -189,7 +189,9 @@ class TestExpertRuns:
 
     def test_channels_already_in_order_need_no_gather(self):
         shared = layout_rows(torch.zeros(3, 10, dtype=torch.int64)).channel_index
-        assert all(runs == (((0, 10),), None, None) for runs in expert_runs(shared))
+        for runs in expert_runs(shared):
+            assert runs.slices == ((0, 10),) and runs.gather is None and runs.missing is None
+            assert torch.equal(runs.rows, torch.arange(10))
 
 
 class TestProducts:

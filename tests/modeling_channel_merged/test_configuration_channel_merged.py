@@ -21,6 +21,19 @@ def make(**kwargs):
         ({"expert_names": ["a", "b"], "router": {"pooling": "max"}}, "router.pooling is 'max'"),
         ({"expert_names": ["a", "b"], "router": {"threshold": 1.5}}, "router.threshold is 1.5"),
         ({"expert_names": ["a", "b"], "format_version": 99}, "format_version is 99"),
+        (
+            {"expert_names": ["a", "b"], "expert_vocabularies": {"c": {"size": 2, "runs": [[0, 2]]}}},
+            r"expert_vocabularies\['c'\] .* expected an expert of \['a', 'b'\]",
+        ),
+        (
+            {"expert_names": ["a", "b"], "expert_vocabularies": {"a": {"size": 3, "runs": [[0, 2]]}}},
+            r"expert_vocabularies\['a'\] has 2 of 3 ids",
+        ),
+        (
+            {"expert_names": ["a", "b"], "expert_vocabularies": {"a": {"size": 2, "runs": [[31999, 2]]}}},
+            "ids below 32001, .* the merged vocabulary of 32000",
+        ),
+        ({"expert_names": ["a", "b"], "expert_eos_token_ids": {"a": [2]}}, r"expert_eos_token_ids is of \['a'\]"),
     ],
 )
 def test_wrong_values_are_named(kwargs, message):
@@ -36,6 +49,17 @@ def test_round_trip(tmp_path):
     for field in ("expert_names", "num_experts", "rows", "router", "merge", "format_version", "auto_map"):
         assert getattr(loaded, field) == getattr(config, field)
     assert set(loaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_vocabularies_survive_a_round_trip(tmp_path):
+    vocabularies = {"b": {"size": 4, "runs": [[0, 3], [7, 1]], "eos_token_id": 3}}
+    config = make(expert_names=["a", "b"], expert_vocabularies=vocabularies, expert_eos_token_ids={"a": [2], "b": [7]})
+    config.save_pretrained(tmp_path)
+    loaded = ChannelMergedConfig.from_pretrained(tmp_path)
+    assert loaded.expert_vocabularies == vocabularies
+    assert loaded.expert_eos_token_ids == {"a": [2], "b": [7]}
+    assert loaded.vocabulary_channels("b") == loaded.vocabulary_channels(1) == [0, 1, 2, 7]
+    assert loaded.vocabulary_channels("a") is None
 
 
 def test_answers_for_the_base():

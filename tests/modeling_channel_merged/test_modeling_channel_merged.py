@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, TextStreamer
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, Gemma2Config, StaticCache, TextStreamer
 from transformers.utils import logging
 
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM, ChannelMergedModel
 
-from .conftest import CONFIGS, dense_expert, random_model
+from .conftest import CONFIGS, SIZES, dense_expert, random_model
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -412,6 +413,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import torch
+import torch._dynamo.testing
 from transformers import AutoModel, AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 headless = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -520,6 +522,51 @@ def test_resizing_the_vocabulary(text_config, prompts, tmp_path):
     assert torch.equal(ChannelMergedForCausalLM.from_pretrained(tmp_path)(prompts, expert_index=experts).logits, after)
 
 
+def lacking_tokens(text_config, num_missing: int = 4) -> ChannelMergedForCausalLM:
+    """A model whose second expert lacks the last tokens: -inf in its head, one row for them in the embedding."""
+    model = random_model(text_config, 3)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    model.config.expert_vocabularies = {"math": {"size": 99 - num_missing, "runs": [[0, 99 - num_missing]]}}
+    head.channel_index[1, -num_missing:] = -1
+    embedding.channel_index[1, -num_missing:] = embedding.channel_index[1, -1].item()
+    return model
+
+
+def test_resizing_with_tokens_that_an_expert_lacks(text_config, prompts, tmp_path):
+    """Up and down: what was -inf stays so, what is new belongs to all, and an export knows."""
+    model = lacking_tokens(text_config)
+    prompts, experts = prompts.clamp(max=90), [0, 1, 2]
+    with torch.no_grad():
+        before = model(prompts, expert_index=experts).logits
+        model.resize_token_embeddings(104)
+        up = model(prompts, expert_index=experts).logits
+        assert model.config.vocabulary_channels("math") == [*range(95), *range(99, 104)]
+        model.resize_token_embeddings(98)
+        down = model(prompts, expert_index=experts).logits
+    assert (before[1, :, 95:] == float("-inf")).all() and before[:, :, :95].isfinite().all()
+    torch.testing.assert_close(up[..., :99], before, rtol=1e-5, atol=1e-5)
+    assert up[..., 99:].isfinite().all()
+    torch.testing.assert_close(down, before[..., :98], rtol=1e-5, atol=1e-5)
+    assert model.config.vocabulary_channels("math") is None
+    model.save_pretrained(tmp_path)
+    assert torch.equal(ChannelMergedForCausalLM.from_pretrained(tmp_path)(prompts, expert_index=experts).logits, down)
+
+
+@pytest.mark.parametrize("experts", [[1, 1], [0, 1]], ids=["one-expert", "mixed"])
+def test_soft_capped_logits_of_tokens_that_an_expert_lacks(experts):
+    """Capping would make a number of -inf; the loss too is that of the expert's own tokens."""
+    config = Gemma2Config(**SIZES, head_dim=12, final_logit_softcapping=5.0, attn_implementation="eager")
+    model = lacking_tokens(config)
+    input_ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        outputs = model(input_ids, expert_index=experts, labels=input_ids)
+    assert (outputs.logits[1, :, 95:] == float("-inf")).all()
+    finite = outputs.logits[..., :95]
+    assert finite.isfinite().all() and finite.abs().max() <= 5.0
+    expected = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+
+
 # PEFT 0.21 still asks Transformers by the deprecated name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_lora_on_rows(llama_model, prompts):
@@ -538,3 +585,36 @@ def test_lora_on_rows(llama_model, prompts):
         assert not torch.allclose(changed, expected, atol=1e-3)
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(prompts, expert_index=[0, 1, 2]).logits, changed, rtol=1e-4, atol=1e-4)
+
+
+# torch.compile
+
+
+def test_compiled_whole_one_graph_per_expert_and_one_for_mixed_batches(llama_model, prompts):
+    """No graph breaks, and no recompilation for another mix of experts."""
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(llama_model.forward, fullgraph=True, backend=graphs)
+    mixes = [torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.tensor([2, 2, 2])]
+    with torch.no_grad():
+        for expert_index in ["instruct", "math", "code", *mixes, "instruct"]:
+            expected = llama_model(prompts, expert_index=expert_index, use_cache=False).logits
+            output = compiled(prompts, expert_index=expert_index, use_cache=False).logits
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 4
+
+
+def test_compiled_decode_with_a_static_cache(llama_model, prompts):
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(llama_model.forward, fullgraph=True, backend=graphs)
+    expert_index = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        cache = StaticCache(config=llama_model.config.text_config, max_cache_len=16)
+        token = llama_model(prompts, past_key_values=cache, expert_index=expert_index).logits[:, -1:].argmax(-1)
+        tokens = [token]
+        for _ in range(3):
+            output = compiled(token, past_key_values=cache, expert_index=expert_index)
+            token = output.logits[:, -1:].argmax(-1)
+            tokens.append(token)
+    expected = llama_model.generate(prompts, expert_index=expert_index, max_new_tokens=4, do_sample=False)[:, 7:]
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+    assert graphs.frame_count == 1
