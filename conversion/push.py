@@ -1,0 +1,82 @@
+"""Uploading a merged checkpoint to the Hub, once it is known to be one.
+
+Every file of the folder goes up, the code that loads it included, in one commit. Only whole checkpoints are pushed:
+config, tensor headers and channel indices are checked first, and so are the metadata of the model card.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from conversion.merged_checkpoint import MergedCheckpoint
+from conversion.model_card import CARD_FILE
+from modeling_channel_merged.configuration_channel_merged import AUTO_MAP
+
+IGNORED_FILES = ["*.py[co]", "**/__pycache__/**", ".*", "**/.*"]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where a checkpoint went: the repository's address, and the commit to load it by."""
+
+    url: str
+    revision: str
+
+
+def push_checkpoint(
+    checkpoint: str | Path, repo_id: str, *, private: bool | None = None, message: str | None = None
+) -> Pushed:
+    """Create the repository if it is not there, and upload the folder `checkpoint` to it.
+
+    Args:
+        private: of a new repository; None is the default of its owner. An old one stays as it is.
+        message: of the commit.
+
+    Raises:
+        ValueError: the folder is no whole checkpoint, the name is no repository's, or the Hub refused.
+    """
+    folder = Path(checkpoint)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository: {_one_line(error)}") from None
+    check_checkpoint(folder)
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            repo_type="model",
+            commit_message=message or "Upload a channel-merged model",
+            ignore_patterns=IGNORED_FILES,
+        )
+    except HfHubHTTPError as error:
+        raise ValueError(f"the Hub refused {repo_id}: {_one_line(error)}") from None
+    return Pushed(str(url), commit.oid)
+
+
+def check_checkpoint(folder: Path) -> None:
+    """ValueError where a folder is no whole channel-merged checkpoint, or lacks its code or its model card."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
+    with MergedCheckpoint(folder) as merged:
+        merged.check_channel_indices()
+    for file in sorted({f"{name.partition('.')[0]}.py" for name in AUTO_MAP.values()}):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} has no {file}: without its code the model would not load from the Hub")
+    card = folder / CARD_FILE
+    if not card.is_file():
+        raise ValueError(f"{folder} has no {CARD_FILE}: the Hub shows it, and finds the model by its metadata")
+    try:
+        ModelCard.load(card, ignore_metadata_errors=False)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata of {card} cannot be read: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

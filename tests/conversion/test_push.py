@@ -1,0 +1,144 @@
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+
+from conversion.__main__ import main
+from conversion.convert import convert
+from conversion.push import push_checkpoint
+from conversion.recipe import parse_recipe
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Address(str):
+    repo_id = "somebody/merged"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Calls of the Hub's client instead of the Hub: (name, arguments), in order."""
+    calls = []
+
+    def create_repo(self, repo_id, **arguments):
+        calls.append(("create_repo", {"repo_id": repo_id, **arguments}))
+        return Address("https://huggingface.co/somebody/merged")
+
+    def upload_folder(self, **arguments):
+        calls.append(("upload_folder", arguments))
+        return SimpleNamespace(oid=COMMIT)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return calls
+
+
+@pytest.fixture
+def merged(make_experts, write_recipe, tmp_path):
+    base, experts = make_experts("llama", 2, num_hidden_layers=1)
+    convert(parse_recipe(write_recipe(base, experts)), tmp_path / "merged", progress=False)
+    return tmp_path / "merged"
+
+
+def test_a_checkpoint_is_created_and_uploaded(hub, merged):
+    """In this order, into the repository that the Hub named; every file goes that loading needs."""
+    pushed = push_checkpoint(merged, "merged", private=True, message="First")
+    assert [name for name, _ in hub] == ["create_repo", "upload_folder"]
+    created, uploaded = (arguments for _, arguments in hub)
+    assert created == {"repo_id": "merged", "private": True, "repo_type": "model", "exist_ok": True}
+    assert uploaded["repo_id"] == "somebody/merged" and uploaded["commit_message"] == "First"
+    assert (pushed.url, pushed.revision) == ("https://huggingface.co/somebody/merged", COMMIT)
+    (merged / "__pycache__").mkdir()
+    (merged / "__pycache__" / "modeling_channel_merged.cpython-311.pyc").write_text("")
+    (merged / ".cache").mkdir()
+    (merged / ".cache" / "state").write_text("")
+    files = [str(file.relative_to(merged)) for file in merged.rglob("*") if file.is_file()]
+    sent = set(filter_repo_objects(files, ignore_patterns=uploaded["ignore_patterns"]))
+    hidden = {".cache/state", "__pycache__/modeling_channel_merged.cpython-311.pyc"}
+    assert sent == set(files) - hidden
+    assert {"config.json", "README.md", "model.safetensors", "modeling_channel_merged.py", "tokenizer.json"} <= sent
+
+
+def remove_code(folder):
+    (folder / "modeling_channel_merged.py").unlink()
+
+
+def remove_card(folder):
+    (folder / "README.md").unlink()
+
+
+def break_metadata(folder):
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
+
+
+def damage_index(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.lm_head.channel_index"][0, 0] = 10**6
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def become_plain(folder):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "llama"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (remove_code, "no modeling_channel_merged.py: without its code"),
+        (remove_card, "no README.md"),
+        (break_metadata, "the metadata of .*README.md cannot be read"),
+        (damage_index, "lm_head names row 1000000"),
+        (cut_weights, "cut short or damaged"),
+        (become_plain, "not a channel-merged checkpoint"),
+    ],
+)
+def test_what_is_not_whole_is_not_pushed(hub, merged, damage, message):
+    """Checked before a repository is made."""
+    damage(merged)
+    with pytest.raises(ValueError, match=message):
+        push_checkpoint(merged, "somebody/merged")
+    assert not hub
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "", "somebody/mer ged", "-merged"])
+def test_names_that_are_no_repositories(hub, merged, name):
+    with pytest.raises(ValueError, match=f"{re.escape(repr(name))} is no name of a repository"):
+        push_checkpoint(merged, name)
+    assert not hub
+
+
+def test_a_folder_that_is_not_there(hub, tmp_path):
+    with pytest.raises(ValueError, match="there is no folder"):
+        push_checkpoint(tmp_path / "nowhere", "somebody/merged")
+    assert not hub
+
+
+def test_a_refusal_of_the_hub_is_one_line(hub, merged, monkeypatch, capsys):
+    def refuse(self, repo_id, **arguments):
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise HfHubHTTPError("403 Forbidden:\nno rights", response=response)
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(SystemExit) as stop:
+        main(["push", str(merged), "somebody/merged"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "Error: the Hub refused somebody/merged: 403 Forbidden: no rights\n"
+
+
+def test_command(hub, merged, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["push", str(merged), "somebody/merged", "--public"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"https://huggingface.co/somebody/merged  revision {COMMIT}\n"
+    assert hub[0][1]["private"] is False
