@@ -7,19 +7,22 @@ memory holds one matrix of one expert. The result needs no code of this package.
 import logging
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
-from conversion.hub_folder import TOKENIZER_FILES
+from conversion.hub_folder import EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENIZER_FILES
 from conversion.merged_checkpoint import MergedCheckpoint
 from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, check_target
+from conversion.tensor_names import stored_names
+from conversion.vocabulary import SPECIAL_IDS
 from modeling_channel_merged.channel_ops import ExpertRuns, expert_runs
 
 logger = logging.getLogger(__name__)
 
-COMPANION_FILES = (*TOKENIZER_FILES, "generation_config.json")
+COMPANION_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 
 
 def export_expert(
@@ -43,13 +46,17 @@ class ExpertExport:
         self.merged = merged
         self.expert = merged.config.expert_id(expert)
         self.name = expert
-        self.vocab_size = self._own_vocab_size()
+        self.channels = self._own_channels()
+        self.vocab_size = len(self.channels)
 
     def config(self) -> PreTrainedConfig:
         """The base architecture's config, as its own class would save it."""
         config = self.merged.base_model.config
         config.architectures = [type(self.merged.base_model).__name__]
         config.vocab_size = self.vocab_size
+        own = self.merged.config.expert_vocabularies.get(self.name, {})
+        for key in SPECIAL_IDS if own else ():
+            setattr(config, key, own.get(key))
         return config
 
     def specs(self) -> Iterator[TensorSpec]:
@@ -72,7 +79,7 @@ class ExpertExport:
         for path, module in self.merged.modules.channel.items():
             index = self.merged.channel_index(path)[[self.expert]]
             if self.merged.is_vocabulary(path):
-                index = index[:, : self.vocab_size]
+                index = index[:, self.channels]
             (runs,) = expert_runs(index)
             if module.tied_to is None:
                 weight = self._read_channels(f"model.{path}.rows.weight", runs)
@@ -87,14 +94,16 @@ class ExpertExport:
     def write(self, out: Path, overwrite: bool, max_shard_size: int | str) -> None:
         self.merged.check_channel_indices()
         with StagedFolder(out, overwrite) as staged:
-            writer = ShardWriter(staged.path, self.specs(), max_shard_size)
+            specs = list(self.specs())
+            names = stored_names(self.merged.base_model, [spec.name for spec in specs])
+            writer = ShardWriter(staged.path, [replace(spec, name=names[spec.name]) for spec in specs], max_shard_size)
             try:
                 for name, tensor in self.tensors():
-                    writer.write(name, tensor)
+                    writer.write(names[name], tensor)
                 writer.finish()
             finally:
                 writer.close()
-            copy_files(self.merged.folder, staged.path, COMPANION_FILES)
+            self._copy_companions(staged.path)
             staged.publish(self.config().to_json_string())
         logger.info("wrote expert %s (%.1f MB) to %s", self.name, writer.num_bytes / 1e6, out)
 
@@ -103,17 +112,28 @@ class ExpertExport:
         rows = torch.cat([self.merged.reader.read_rows(name, first, last) for first, last in runs.slices])
         return rows if runs.gather is None else rows[runs.gather]
 
-    def _own_vocab_size(self) -> int:
-        """How many tokens the expert has; those that it lacks must be the last ones of the merged vocabulary."""
+    def _copy_companions(self, target: Path) -> None:
+        """The expert's own tokenizer and generation config; what it does not have of its own is the merged model's."""
+        own = self.merged.folder / EXPERT_FOLDER / self.name
+        has_tokenizer = (own / TOKENIZER_CONFIG).exists()
+        copy_files(self.merged.folder, target, (GENERATION_CONFIG,) if has_tokenizer else COMPANION_FILES)
+        copy_files(own, target, COMPANION_FILES)
+
+    def _own_channels(self) -> torch.LongTensor:
+        """The merged vocabulary's ids of the expert's own ids: (own vocabulary size,).
+
+        Where config.json does not tell, the expert must have the first tokens of the merged vocabulary.
+        """
         has_token = self.merged.has_token(self.expert)
-        size = int(has_token.sum())
-        if not has_token[:size].all():
-            first = int((~has_token).nonzero()[0])
+        channels = self.merged.config.vocabulary_channels(self.expert)
+        channels = torch.arange(int(has_token.sum())) if channels is None else torch.tensor(channels)
+        if not has_token[channels].all():
+            first = int(channels[~has_token[channels]][0])
             raise ValueError(
                 f"expert {self.name!r} cannot be exported: it lacks token {first} in the middle of the merged "
                 f"vocabulary of {len(has_token)}, and a plain checkpoint has no way to leave a token out"
             )
-        return size
+        return channels
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:

@@ -1,32 +1,100 @@
 """Answers of a channel-merged checkpoint to a few prompts, all in one mixed batch.
 
+The router reads every prompt as it was trained to: in the checkpoint's default chat template and tokenizer. The expert
+that it picks then gets the prompt in its own chat template, segmented by its own tokenizer where the checkpoint keeps
+it, and its answer ends at its own end of sequence.
+
 The installed classes run the checkpoint; code files beside the weights are not executed.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
+from conversion.hub_folder import EXPERT_FOLDER, TOKENIZER_CONFIG
 from conversion.merged_checkpoint import read_config, resolve_folder
+from conversion.vocabulary import DEFAULT_TEMPLATE, named_templates
+from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+Prompt = str | list[dict[str, Any]]  # a text, or chat messages
 
 
 @dataclass(frozen=True)
 class Answer:
     """One prompt, the expert that answered it and the router's probability for it (None: the expert was given)."""
 
-    prompt: str
+    prompt: Prompt
     expert: str
     probability: float | None
     text: str
 
+    @property
+    def question(self) -> str:
+        """The prompt, or the last message of a conversation."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+
+class ExpertTokenizer:
+    """How one expert reads and writes: its chat template and its own tokenizer, in ids of the merged vocabulary.
+
+    Where the checkpoint does not keep the expert's own tokenizer, or it has no chat template, the merged one's serves.
+
+    Args:
+        folder: the merged checkpoint.
+        merged: its tokenizer.
+        name: the expert's.
+    """
+
+    def __init__(self, folder: Path, config: ChannelMergedConfig, merged: PreTrainedTokenizerBase, name: str):
+        self.name = name
+        self._merged = merged
+        self._own: PreTrainedTokenizerBase | None = None
+        own, channels = folder / EXPERT_FOLDER / name, config.vocabulary_channels(name)
+        if channels is not None and (own / TOKENIZER_CONFIG).exists():
+            self._own = AutoTokenizer.from_pretrained(own)
+            self._channels = channels
+            self._own_ids = {channel: number for number, channel in enumerate(channels)}
+
+    def encode(self, prompt: Prompt, chat: bool) -> list[int]:
+        """Ids of a prompt, in the expert's chat template or as it stands.
+
+        Raises:
+            ValueError: the expert's own tokenizer makes a token that its embedding had no row for.
+        """
+        tokenizer = self._own or self._merged
+        # A chat template writes the special tokens itself.
+        numbers = tokenizer(self._render(prompt) if chat else prompt, add_special_tokens=not chat)["input_ids"]
+        if self._own is None:
+            return numbers
+        if (highest := max(numbers, default=0)) >= len(self._channels):
+            raise ValueError(
+                f"expert {self.name!r} has no row for the token {self._own.convert_ids_to_tokens(highest)!r} of its "
+                "tokenizer, leave it out of the prompt"
+            )
+        return [self._channels[number] for number in numbers]
+
+    def decode(self, numbers: list[int]) -> str:
+        """The text of an answer, without special tokens."""
+        if self._own is None:
+            return self._merged.decode(numbers, skip_special_tokens=True)
+        own = [self._own_ids[number] for number in numbers if number in self._own_ids]
+        return self._own.decode(own, skip_special_tokens=True)
+
+    def _render(self, prompt: Prompt) -> str:
+        if DEFAULT_TEMPLATE in named_templates(self._own):
+            return render(self._own, prompt)
+        return render(self._merged, prompt, self.name if self.name in named_templates(self._merged) else None)
+
 
 def answer_prompts(
     checkpoint: str | Path,
-    prompts: list[str],
+    prompts: list[Prompt],
     *,
     expert: str | None = None,
     max_new_tokens: int = 128,
@@ -37,13 +105,17 @@ def answer_prompts(
     """Answer `prompts` as one batch, each by the expert that the router picks, or all by `expert`.
 
     Args:
-        chat: put each prompt into the tokenizer's chat template; None: if it has one.
+        prompts: texts, or lists of chat messages (`{"role": ..., "content": ...}`).
+        chat: put each prompt into a chat template, a text as the user's message; None: if the checkpoint has one.
 
     Raises:
-        ValueError: no channel-merged checkpoint, no such expert, an empty prompt, an unknown dtype or device.
+        ValueError: no channel-merged checkpoint, no such expert, an empty prompt, an unknown dtype or device, messages
+            without a chat template.
     """
+    if not prompts:
+        raise ValueError("there is no prompt to answer")
     for number, prompt in enumerate(prompts, start=1):
-        if not prompt.strip():
+        if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise ValueError(f"prompt {number} of {len(prompts)} is empty")
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -53,24 +125,60 @@ def answer_prompts(
     if expert is not None:
         config.expert_id(expert)
     tokenizer = load_tokenizer(folder)
-    inputs = encode_prompts(tokenizer, prompts, chat).to(device)
+    chat = uses_chat_template(tokenizer, prompts, chat)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    outputs = model.generate(
-        **inputs,
-        expert_index=expert,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        return_dict_in_generate=True,
+    experts, probabilities = [expert] * len(prompts), [None] * len(prompts)
+    if expert is None:
+        routing = model.route(**encode_prompts(tokenizer, prompts, chat).to(device))
+        experts = [config.expert_names[number] for number in routing.expert_index.tolist()]
+        probabilities = routing.logits.softmax(-1)[torch.arange(len(prompts)), routing.expert_index].tolist()
+    speakers = {name: ExpertTokenizer(folder, config, tokenizer, name) for name in dict.fromkeys(experts)}
+    rows = [speakers[name].encode(prompt, chat) for name, prompt in zip(experts, prompts, strict=True)]
+    inputs = tokenizer.pad({"input_ids": rows}, padding=True, padding_side="left", return_tensors="pt").to(device)
+    sequences = model.generate(
+        **inputs, expert_index=experts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
     )
-    texts = tokenizer.batch_decode(outputs.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    experts = outputs.expert_index.tolist()
-    probabilities = [None] * len(prompts)
-    if outputs.router_logits is not None:
-        probabilities = outputs.router_logits.softmax(-1)[torch.arange(len(prompts)), outputs.expert_index].tolist()
-    return [
-        Answer(prompt, config.expert_names[index], probability, text)
-        for prompt, index, probability, text in zip(prompts, experts, probabilities, texts)
+    answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    texts = [
+        speakers[name].decode(until_end(answer, end_of_answer(model, name)))
+        for name, answer in zip(experts, answers, strict=True)
     ]
+    return [Answer(*fields) for fields in zip(prompts, experts, probabilities, texts, strict=True)]
+
+
+def read_conversations(file: Path) -> list[Prompt]:
+    """Chat messages from a JSONL file with one object a line that holds them as `messages`, as router data has them.
+
+    Raises:
+        ValueError: a line is something else.
+    """
+    conversations = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            whole = all(
+                isinstance(message["role"], str) and isinstance(message["content"], str) for message in messages
+            )
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole or not messages:
+            expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
+            raise ValueError(f"{file}, line {number}: expected {expected}, got {line[:80]}")
+        conversations.append(messages)
+    return conversations
+
+
+def end_of_answer(model: Any, expert: str) -> set[int]:
+    """The tokens that end an expert's answer."""
+    ends = (model.config.expert_eos_token_ids or {}).get(expert, model.generation_config.eos_token_id)
+    return {ends} if isinstance(ends, int) else {*(ends or ())}
+
+
+def until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens before the first that ends the answer; behind it is padding."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def find_device(device: str | None) -> torch.device:
@@ -93,22 +201,27 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str], chat: bool | None) -> BatchEncoding:
-    """Left-padded `input_ids` and `attention_mask`, both (B, T) int64."""
+def uses_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool | None) -> bool:
+    """Whether prompts are put into a chat template: as asked for, or if there is one."""
     if chat and not tokenizer.chat_template:
         raise ValueError("the tokenizer of this checkpoint has no chat template: leave out --chat")
-    if chat is None:
-        chat = bool(tokenizer.chat_template)
-    if chat:
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-            )
-            for prompt in prompts
-        ]
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    if not chat and not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("messages need a chat template, and none is used: give texts instead")
+    return chat
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None) -> str:
+    """The text of a prompt in a tokenizer's default chat template, or the one with the name `template`."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool) -> BatchEncoding:
+    """Left-padded `input_ids` and `attention_mask`, both (B, T) int64, as the router reads them."""
     # A chat template writes the special tokens itself.
     return tokenizer(
-        prompts,
+        [render(tokenizer, prompt) for prompt in prompts] if chat else prompts,
         padding=True,
         padding_side="left",
         add_special_tokens=not chat,

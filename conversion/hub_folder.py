@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-from transformers import AutoTokenizer, GenerationConfig
+import torch
 
 import modeling_channel_merged
-from conversion.plan import Plan, Source
+from conversion.delta_errors import DeltaErrors, norm, relative_error
+from conversion.model_card import CARD_FILE, REPORT_FILE, model_card
+from conversion.plan import Plan
+from conversion.vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 
 if TYPE_CHECKING:
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "conversion_report.json"
-CARD_FILE = "README.md"
+EXPERT_FOLDER = "experts"  # of every expert: its generation config and its own tokenizer
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+TEMPLATE_FOLDER = "additional_chat_templates"
 PACKAGE = "channel-merged"
 RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
 
@@ -37,16 +41,6 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
 )
-
-CITATION = """\
-@misc{zhang2024channelmerging,
-  title         = {Channel Merging: Preserving Specialization for Merged Experts},
-  author        = {Mingyang Zhang and Jing Liu and Ganggui Ding and Xinyi Yu and Linlin Ou and Bohan Zhuang},
-  year          = {2024},
-  eprint        = {2412.15283},
-  archivePrefix = {arXiv},
-  note          = {AAAI 2025},
-}"""
 
 
 def conversion_report(plan: Plan, grouped: Mapping[str, "GroupedModule"]) -> dict[str, Any]:
@@ -64,9 +58,10 @@ def conversion_report(plan: Plan, grouped: Mapping[str, "GroupedModule"]) -> dic
             "channels": spec.out_features,
             "inputs": spec.in_features,
             "rows": module.num_rows,
-            "merged_rows": int((~module.copied).sum()),
+            "merged_rows": module.num_merged,
             "distinct_rows": module.num_distinct,
             "owners": module.owner_counts(names),
+            **({"fallback_rows": 1} if module.has_fallback else {}),
         }
     kept = plan.num_experts * plan.per_expert_parameters
     return {
@@ -76,8 +71,30 @@ def conversion_report(plan: Plan, grouped: Mapping[str, "GroupedModule"]) -> dic
             "experts_distinct": distinct + kept,
             "experts": plan.expert_parameters,
         },
+        "vocabulary": plan.vocabulary.report(),
         "modules": modules,
     }
+
+
+def add_relative_errors(
+    report: dict[str, Any], plan: Plan, grouped: Mapping[str, "GroupedModule"], errors: DeltaErrors
+) -> None:
+    """Write into a conversion report how much of each expert's deltas the merge lost, by module and over all."""
+    names = plan.expert_names
+    lost, whole = torch.zeros(2, plan.num_experts, dtype=torch.float64)
+
+    def relative(error_squares: torch.Tensor, delta_squares: torch.Tensor) -> dict[str, float | None]:
+        return dict(zip(names, map(relative_error, error_squares.tolist(), delta_squares.tolist())))
+
+    for path, module in grouped.items():
+        squares = errors.squares(path)
+        report["modules"][path] |= {
+            "delta_norms": dict(zip(names, map(norm, module.delta_squares.tolist()))),
+            "error_norms": dict(zip(names, map(norm, squares.tolist()))),
+            "relative_errors": relative(squares, module.delta_squares),
+        }
+        lost, whole = lost + squares, whole + module.delta_squares
+    report["relative_errors"] = relative(lost, whole)
 
 
 def merge_record(plan: Plan) -> dict[str, Any]:
@@ -111,11 +128,13 @@ def write_hub_files(folder: Path, plan: Plan, rows: Mapping[str, int], report: M
         The text of config.json, which belongs there last.
     """
     write_code(folder)
-    if not write_tokenizer(folder, plan.base):
+    if not write_tokenizer(folder, plan):
         logger.warning("the base model %s has no tokenizer files: the merged model has none", plan.base.model)
     write_generation_config(folder, plan)
+    write_expert_files(folder, plan)
     write_json(folder / REPORT_FILE, report)
-    (folder / CARD_FILE).write_text(model_card(plan, report), encoding="utf-8")
+    card = model_card(plan, report, vocabulary_section(report["vocabulary"]))
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
     return merged_config(plan, rows, report).to_json_string(use_diff=True)
 
 
@@ -132,7 +151,18 @@ def merged_config(plan: Plan, rows: Mapping[str, int], report: Mapping[str, Any]
         merge={**merge_record(plan), "parameters": report["parameters"]},
         architectures=["ChannelMergedForCausalLM"],
         dtype=plan.dtype,
+        expert_vocabularies=plan.vocabulary.expert_records(),
+        expert_eos_token_ids=plan.vocabulary.expert_eos_token_ids(),
+        eos_token_id=end_of_sequence(plan.text_config.eos_token_id, plan),
     )
+
+
+def end_of_sequence(base: int | list[int] | None, plan: Plan) -> int | list[int] | None:
+    """`eos_token_id` of the merged model: the tokens that end any expert's answer, as the base says it if it does."""
+    ends = plan.vocabulary.all_eos_token_ids
+    if not ends or ends == sorted({base} if isinstance(base, int) else {*(base or ())}):
+        return base
+    return ends[0] if len(ends) == 1 else ends
 
 
 def write_code(folder: Path) -> None:
@@ -142,139 +172,131 @@ def write_code(folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def write_tokenizer(folder: Path, base: Source) -> bool:
-    """Copy the base's tokenizer; False if it has none."""
-    files = sorted({file for pattern in TOKENIZER_FILES for file in base.folder.glob(pattern) if file.is_file()})
+def write_tokenizer(folder: Path, plan: Plan) -> bool:
+    """The merged model's tokenizer, with the chat templates of all experts; False if the base has none."""
+    vocabulary = plan.vocabulary
+    if vocabulary.additions:
+        vocabulary.tokenizer.save_pretrained(folder)
+    elif not copy_tokenizer(vocabulary.base, folder):
+        return False
+    write_chat_templates(folder, vocabulary.chat_templates)
+    return True
+
+
+def copy_tokenizer(own: OwnVocabulary, folder: Path) -> bool:
+    """Copy a checkpoint's tokenizer files as they are, with its class written down; False if there are none.
+
+    Transformers may take another class than the files name, by the checkpoint's model type; in another folder it
+    would not.
+    """
+    source = own.tokenizer_folder
+    files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
     for file in files:
-        target = folder / file.relative_to(base.folder)
-        target.parent.mkdir(exist_ok=True)
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    if files:
-        _name_tokenizer_class(folder, base)
+    file = folder / TOKENIZER_CONFIG
+    values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    used = type(own.tokenizer).__name__
+    if own.tokenizer is not None and values.get("tokenizer_class", "").removesuffix("Fast") != used:
+        write_json(file, {**values, "tokenizer_class": used})
     return bool(files)
 
 
+def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
+    """Write a tokenizer's chat templates where it looks for them by name; none leaves its files as they are."""
+    if not templates:
+        return
+    for file in folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"):
+        file.unlink()
+    file = folder / TOKENIZER_CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.pop("chat_template", None) is not None:
+        write_json(file, values)
+    (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+    for name, template in templates.items():
+        default = name == DEFAULT_TEMPLATE
+        file = folder / ("chat_template.jinja" if default else f"{TEMPLATE_FOLDER}/{name}.jinja")
+        file.write_text(template, encoding="utf-8", newline="")
+
+
 def write_generation_config(folder: Path, plan: Plan) -> None:
-    """Copy the base's generation config, or derive one from its config."""
-    file = plan.base.folder / "generation_config.json"
-    if file.exists():
-        shutil.copyfile(file, folder / file.name)
+    """The base's generation config, or one from its config; it ends where any expert's answer ends."""
+    file = folder / GENERATION_CONFIG
+    if (plan.base.folder / file.name).exists():
+        shutil.copyfile(plan.base.folder / file.name, file)
     else:
-        GenerationConfig.from_model_config(plan.text_config).save_pretrained(folder)
+        plan.vocabulary.base.generation_config.save_pretrained(folder)
+    values = json.loads(file.read_text(encoding="utf-8"))
+    special = {key: plan.vocabulary.base_channel(values[key]) for key in SPECIAL_IDS if key in values}
+    if (end := end_of_sequence(special.get("eos_token_id"), plan)) is not None:
+        special["eos_token_id"] = end
+    if special != {key: values.get(key) for key in special}:
+        write_json(file, {**values, **special})
 
 
-def model_card(plan: Plan, report: Mapping[str, Any]) -> str:
-    """The README.md of the checkpoint, all of it from the conversion itself."""
-    recipe = plan.recipe
-    repositories = [source.model.partition("@")[0] for source in (plan.base, *plan.experts) if source.revision]
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["merge", "channel-merging"],
-    }
-    if repositories:
-        metadata |= {"base_model": list(dict.fromkeys(repositories)), "base_model_relation": "merge"}
-    parameters = report["parameters"]
-    share = parameters["stored"] / parameters["experts"]
-    first = plan.expert_names[0]
-    experts = "\n".join(
-        f"| `{source.name}` | {_link(source)} | {source.revision or ''} | {spec.weight:g} |"
-        for source, spec in zip(plan.experts, recipe.experts, strict=True)
-    )
-    owners: dict[int, int] = {}
-    for module in report["modules"].values():
-        for names, count in module["owners"].items():
-            owners[names.count("+") + 1] = owners.get(names.count("+") + 1, 0) + count
-    total_rows = sum(owners.values())
-    shares = "\n".join(f"| {size} | {count:,} | {count / total_rows:.1%} |" for size, count in sorted(owners.items()))
+def write_expert_files(folder: Path, plan: Plan) -> None:
+    """Every expert's own generation config and tokenizer, as long as its tokens are all there."""
+    for number, own in enumerate(plan.vocabulary.experts):
+        if plan.vocabulary.dropped(number)[0]:
+            continue
+        target = folder / EXPERT_FOLDER / own.name
+        target.mkdir(parents=True)
+        if (plan.experts[number].folder / GENERATION_CONFIG).exists():
+            shutil.copyfile(plan.experts[number].folder / GENERATION_CONFIG, target / GENERATION_CONFIG)
+        else:
+            own.generation_config.save_pretrained(target)
+        copy_tokenizer(own, target)
+
+
+def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
+    """What the model card says of the vocabulary: whether each expert reads and writes as it did alone."""
+    rows = []
+    for name, expert in vocabulary["experts"].items():
+        encoding = expert["encoding"]
+        same = f"{encoding['same']} of {encoding['samples']}" if encoding else "no tokenizer"
+        ends = ", ".join(map(str, expert["eos_token_ids"])) or "-"
+        only, lacks = expert["channels_that_only_it_has"], expert["channels_that_it_lacks"]
+        rows.append(f"| `{name}` | {expert['size']:,} | {only:,} | {lacks:,} | {same} | {ends} |")
     return f"""\
----
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
----
+The vocabulary has {vocabulary["size"]:,} tokens (`tokenizer_source: {vocabulary["source"]}`; the base has
+{vocabulary["base_size"]:,}). `tokenizer.apply_chat_template(messages, chat_template="NAME")` takes the chat template
+of an expert by its name, where anyone has one. The logits of a token that an expert does not have are -inf; in a
+prompt such a token is the mean of the base's. Each answer ends at the tokens that end its own expert's answers.
 
-# {plan.num_experts} experts in one model, merged channel by channel
+| expert | own vocabulary | only it has | it lacks | sample texts encoded as its own tokenizer did | ends at |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+{"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}
+An expert's own tokenizer, where all of its tokens are here, is `subfolder="{EXPERT_FOLDER}/NAME"`; the merged ids
+of its tokens are in `config.expert_vocabularies`. `channel-merge generate` uses it."""
 
-This model holds {plan.num_experts} fine-tunes ("experts") of {_link(plan.base)} in
-{parameters["stored"]:,} parameters, {share:.1%} of the {parameters["experts"]:,} that they have as separate models.
-For every output channel of every matrix the experts' rows were grouped by how alike they are, and each group was
-merged into one stored row (*Channel Merging*, [arXiv 2412.15283](https://arxiv.org/abs/2412.15283)). A router reads
-the prompt and picks the expert that answers it.
 
-| expert | model | revision | weight |
-|---|---|---|---|
-{experts}
+def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:
+    """What does not hold for one expert, one line each."""
+    encoding = expert["encoding"] or {}
+    notes = []
+    if expert["dropped_tokens"]:
+        notes.append(f"these tokens were dropped: {_codes(expert['dropped_tokens'])}")
+    if expert["dropped_padding_rows"]:
+        notes.append(f"{expert['dropped_padding_rows']:,} padding rows of its embedding were dropped")
+    if expert["renamed_tokens"]:
+        notes.append(f"the tokenizer calls these of its tokens otherwise: {_codes(expert['renamed_tokens'])}")
+    if expert["tokens_without_row"]:
+        notes.append(f"its embedding had no row for these of its tokens: {_codes(expert['tokens_without_row'])}")
+    if encoding.get("foreign_tokens"):
+        notes.append(f"a prompt for it should not hold the others' tokens {_codes(encoding['foreign_tokens'])}")
+    if encoding.get("first_difference"):
+        notes.append(f"the tokenizer segments otherwise, for example `{encoding['first_difference']['text']!r}`")
+    if not encoding.get("same_with_special_tokens", True):
+        notes.append("its own tokenizer puts other special tokens around a text, or segments it otherwise")
+    return "".join(f"\n- `{name}`: {note}" for note in notes) + ("\n" if notes else "")
 
-## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-checkpoint, revision = "path/or/repository", "main"  # on the Hub, pin the commit that you have read
-pinned = {{"revision": revision, "trust_remote_code": True}}
-tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left", **pinned)
-model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", **pinned)
-
-inputs = tokenizer(["Your prompt"], return_tensors="pt")
-routed = model.generate(**inputs, max_new_tokens=64)  # the router picks the expert of each prompt
-chosen = model.generate(**inputs, max_new_tokens=64, expert_index="{first}")  # or you do
-print(tokenizer.batch_decode(chosen, skip_special_tokens=True))
-```
-
-`trust_remote_code=True` is needed because the architecture is not part of Transformers: its code lies in this
-repository beside the weights.
-
-## How it was made
-
-```yaml
-{yaml.safe_dump(recipe.record(), sort_keys=False, allow_unicode=True).strip()}
-```
-
-| owners of a row | rows | share |
-|---|---|---|
-{shares}
-
-Weights are stored in {report["dtype"]}. Norms and other parameters without channels are kept exactly, one copy per
-expert. `{REPORT_FILE}` has the numbers of every module, and the versions: {_listed(report["versions"])}.
-
-## Limits
-
-- The conversion itself trains nothing. Until its router is trained, every prompt is answered by `{first}` unless
-  `expert_index` says otherwise.
-- Where rows were merged, an expert here is not the original expert: measure it on your own task before you rely on it.
-- Tokenizer, chat template and generation defaults are the base model's; prompts must have the form that the chosen
-  expert was trained on.
-- The licences of the base model and of every expert apply.
-
-## Citation
-
-```bibtex
-{CITATION}
-```
-"""
+def _codes(names: list[str], limit: int = 20) -> str:
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in names[:limit]) + more
 
 
 def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _name_tokenizer_class(folder: Path, base: Source) -> None:
-    """Write down the tokenizer's class: one that is only known from the base's model type would not be found here."""
-    file = folder / "tokenizer_config.json"
-    values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if "tokenizer_class" in values:
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        logger.warning("the tokenizer of %s cannot be loaded, its files are only copied: %s", base.model, error)
-        return
-    write_json(file, {**values, "tokenizer_class": type(tokenizer).__name__})
-
-
-def _link(source: Source) -> str:
-    repository = source.model.partition("@")[0]
-    return f"[{repository}](https://huggingface.co/{repository})" if source.revision else f"`{source.model}`"
-
-
-def _listed(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{package} {version}" for package, version in versions.items())

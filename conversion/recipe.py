@@ -159,13 +159,6 @@ class Recipe(StrictModel):
             raise ValueError(f"unknown merge_method {method!r}: {nearest(method, list(METHOD_DEFAULTS))}")
         return method
 
-    @field_validator("tokenizer_source")
-    @classmethod
-    def check_tokenizer_source(cls, source: str) -> str:
-        if source == "union":
-            raise ValueError("'union' is not available yet, use 'base'")
-        return source
-
     @model_validator(mode="after")
     def check_experts(self) -> "Recipe":
         names = [expert.name for expert in self.experts]

@@ -46,7 +46,7 @@ from transformers import (
 
 from conversion.export import COMPANION_FILES, copy_files
 from conversion.generate import load_tokenizer
-from conversion.hub_folder import CARD_FILE, REPORT_FILE
+from conversion.hub_folder import CARD_FILE, EXPERT_FOLDER, REPORT_FILE
 from conversion.merged_checkpoint import read_config, resolve_folder
 
 logger = logging.getLogger(__name__)
@@ -361,7 +361,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     trainer.save_model()
     if trainer.is_world_process_zero():
-        copy_files(folder, out, (*COMPANION_FILES, CARD_FILE, REPORT_FILE))
+        copy_files(folder, out, (*COMPANION_FILES, CARD_FILE, REPORT_FILE, f"{EXPERT_FOLDER}/**/*"))
         (out / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         add_to_card(out / CARD_FILE, metrics)
         logger.info("saved the trained checkpoint to %s", out)

@@ -580,9 +580,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
             return criteria
         expert_index = _last_routing.get().expert_index
         own = ExpertEosCriteria([ends[name] for name in self.config.expert_names], expert_index)
-        replaced = [
-            own if getattr(criterion, "eos_token_id", None) is tokens else criterion for criterion in criteria
-        ]
+        replaced = [own if getattr(criterion, "eos_token_id", None) is tokens else criterion for criterion in criteria]
         return StoppingCriteriaList(replaced)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):

@@ -95,7 +95,6 @@ def test_the_method_is_neutral_where_it_reads_no_parameter():
         ({"preset": "paper-ties", "parameters": {"density": 1.5}}, "parameters.density"),
         ({"preset": "paper-ties", "parameters": {"lamda": 1}}, "did you mean 'lambda'"),
         ({"dtype": "int8"}, "dtype"),
-        ({"tokenizer_source": "union"}, "not available yet"),
         ({"seed": -1}, "seed"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:24],
