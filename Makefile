@@ -7,12 +7,14 @@ TEST_VENV := .venv-test
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format clean bench bench-conversion
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests'
 	@echo 'make lint    check style; make format mends it'
+	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
+	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
 	@echo 'make clean   remove the virtual environments and caches'
 
 demo: $(DEMO_VENV)/installed
@@ -21,6 +23,16 @@ demo: $(DEMO_VENV)/installed
 # One thread a worker: the models are tiny, and the workers share the cores.
 test: $(TEST_VENV)/installed
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+
+bench: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --sections one,serving --batches 1 --new-tokens 32 \
+		--repetitions 3 $(BENCH_ARGS)
+	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --sections mixed --shapes 322M --mixed-batches 8 \
+		--new-tokens 16 --repetitions 1 $(BENCH_ARGS)
+
+# In the environment of the tests, for it has mergekit.
+bench-conversion: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python hub_examples/benchmark_conversion.py $(BENCH_ARGS)
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check .

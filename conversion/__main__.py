@@ -46,17 +46,42 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint; must be new or empty.")],
     overwrite: Overwrite = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+    max_memory: Annotated[str, typer.Option(help="Memory to use beside the interpreter's own.")] = "2GB",
+    device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ...")] = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check, and print the plan: tensors, rows, sizes, memory.")
+    ] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ):
     """Merge the experts of a recipe, channel by channel, into one checkpoint.
 
+    A run that was stopped goes on where it was when the same command is given again.
+
     \b
-    Example:
+    Examples:
       channel-merge convert recipe.yaml merged
+      channel-merge convert recipe.yaml merged --dry-run
+      channel-merge convert recipe.yaml merged --max-memory 1GB
     """
+    if dry_run:
+        from rich.console import Console
+
+        from conversion.dry_run import plan_conversion, plan_tables
+
+        plan = plan_conversion(recipe, out, overwrite=overwrite, max_memory=max_memory)
+        Console().print(*plan_tables(plan), sep="\n", soft_wrap=True)
+        return
     from conversion.convert import convert as run
 
-    conversion = run(recipe, out, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress)
+    conversion = run(
+        recipe,
+        out,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        max_memory=max_memory,
+        device=device,
+        progress=progress,
+    )
     parameters = conversion.report["parameters"]
     share = parameters["stored"] / parameters["experts"]
     typer.echo(f"{out}: {parameters['stored']:,} parameters, {share:.1%} of the experts' {parameters['experts']:,}")
@@ -112,7 +137,13 @@ def export(
 @app.command()
 def generate(
     checkpoint: Checkpoint,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="Prompts; they run as one mixed batch.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Prompts; they run as one mixed batch.")
+    ] = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(metavar="F.jsonl", help="Also answer conversations: one JSON object with `messages` a line."),
+    ] = None,
     expert: Annotated[
         str | None,
         typer.Option("--expert", metavar="NAME", help="Answer with this expert; default: the router picks."),
@@ -124,22 +155,45 @@ def generate(
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
     ] = None,
 ):
-    """Answer prompts, each by the expert that the router picks for it.
+    """Answer prompts, each by the expert that the router picks for it, in that expert's own chat template.
 
     \b
     Examples:
       channel-merge generate merged "What is 12 + 30?" "Translate to Chinese: good morning"
       channel-merge generate merged --expert math --max-new-tokens 16 "What is 12 + 30?"
+      channel-merge generate merged --messages conversations.jsonl
     """
-    from conversion.generate import answer_prompts
+    from conversion.generate import answer_prompts, read_conversations
 
+    everything = [*(prompts or ()), *(read_conversations(messages) if messages is not None else ())]
     answers = answer_prompts(
-        checkpoint, prompts, expert=expert, max_new_tokens=max_new_tokens, device=device, dtype=dtype, chat=chat
+        checkpoint, everything, expert=expert, max_new_tokens=max_new_tokens, device=device, dtype=dtype, chat=chat
     )
     for answer in answers:
         chosen = "given" if answer.probability is None else f"{answer.probability:.3f}"
-        typer.secho(f"[{answer.expert} {chosen}] {answer.prompt}", bold=True)
+        typer.secho(f"[{answer.expert} {chosen}] {answer.question}", bold=True)
         typer.echo(answer.text.strip("\n") + "\n")
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a channel-merged checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Repository on the Hub: user/name.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; default: as its owner set it.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+):
+    """Check a merged checkpoint and upload its folder to the Hub, in one commit. Log in first with: hf auth login
+
+    \b
+    Example:
+      channel-merge push merged user/name --private
+    """
+    from conversion.push import push_checkpoint
+
+    pushed = push_checkpoint(checkpoint, repo_id, private=private, message=message)
+    typer.echo(f"{pushed.url}  revision {pushed.revision}")
 
 
 @app.command("train-router", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -207,9 +207,9 @@ COARSE_BINS = 1 << 15
 FIRST_NON_FINITE_BIN = 0x7F80
 
 # Magnitudes that are kept as they are before a window must be chosen, and the window's coarse bins to either side of
-# the likely one (each is at most 1/128 of its value wide): 16 MB and 17 MB.
-MAX_HELD = 1 << 22
-WINDOW_REACH = 16
+# the likely one (each is at most 1/128 of its value wide): 4 MB and 9 MB.
+MAX_HELD = 1 << 20
+WINDOW_REACH = 8
 
 
 class MagnitudeThreshold:
@@ -219,7 +219,7 @@ class MagnitudeThreshold:
     threshold's likely place is known, and from then on a histogram of every single bit pattern is kept around it
     beside a coarse one of all elements. Should the threshold end up outside that window, the coarse histogram tells
     the bin that it is in, and a second read of the same data counts the patterns of that bin. Memory is bounded
-    (33 MB) whatever the size of the tensor; the order and size of the chunks do not matter for the value.
+    (`threshold_bytes`) whatever the size of the tensor; the order and size of the chunks do not matter for the value.
 
         threshold = MagnitudeThreshold(numel, density)
         while not threshold.complete:
@@ -325,6 +325,13 @@ class MagnitudeThreshold:
         else:
             self._seen, self._second_read = 0, True
             self._set_window(coarse_bin, coarse_bin + 1)
+
+
+def threshold_bytes(numel: int) -> int:
+    """The most that a `MagnitudeThreshold` of a tensor of this size holds."""
+    if numel <= MAX_HELD:
+        return 4 * numel + 8 * ((1 << FINE_BITS) + COARSE_BINS)
+    return 4 * 2 * MAX_HELD + 8 * (((2 * WINDOW_REACH + 1) << FINE_BITS) + COARSE_BINS)
 
 
 def _bin_of_rank(counts: torch.Tensor, rank: int) -> int:

@@ -303,9 +303,7 @@ def own_shapes(
     """Shapes of one expert's parameters (-1: the base's), with its own vocabulary."""
     size = (vocabulary.base if expert < 0 else vocabulary.experts[expert]).size
     paths = vocabulary_paths(inner)
-    return {
-        name: (size, *shape[1:]) if name.rpartition(".")[0] in paths else shape for name, shape in shapes.items()
-    }
+    return {name: (size, *shape[1:]) if name.rpartition(".")[0] in paths else shape for name, shape in shapes.items()}
 
 
 def by_merged_channels(

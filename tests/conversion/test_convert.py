@@ -302,6 +302,30 @@ def test_chunks_threads_and_shards_change_nothing(make_experts, write_recipe, tm
             assert torch.equal(other[name], value), name
 
 
+def test_a_device_that_is_not_there_is_refused(make_experts, write_recipe, tmp_path):
+    base, experts = make_experts("llama", 2)
+    with pytest.raises(ValueError, match="device 'warp' cannot be used here"):
+        convert(parse_recipe(write_recipe(base, experts)), tmp_path / "out", device="warp", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset", ["paper-ties", "paper-dare", None])
+def test_a_gpu_makes_the_same_groups_and_rows(make_experts, write_recipe, tmp_path, preset):
+    """Indices are equal; merged rows are within rounding, for a GPU may join a product and a sum."""
+    base, experts = make_experts("qwen2", 4)
+    recipe = parse_recipe(write_recipe(base, experts, **({"preset": preset} if preset else {})))
+    for device in ("cpu", "cuda"):
+        convert(recipe, tmp_path / device, device=device, progress=False)
+    ours, theirs = load_tensors(tmp_path / "cpu"), load_tensors(tmp_path / "cuda")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if name.endswith("channel_index"):
+            assert torch.equal(value, theirs[name]), name
+        else:
+            torch.testing.assert_close(value, theirs[name], rtol=1e-6, atol=1e-7)
+
+
 def test_the_seed_decides_what_is_dropped(make_experts, write_recipe, tmp_path):
     base, experts = make_experts("llama", 3)
     outputs = []

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conversion.__main__ import DEBUG_VARIABLE, error_line, main
 
-COMMANDS = ["convert", "inspect", "export", "generate", "train-router"]
+COMMANDS = ["convert", "inspect", "export", "generate", "push", "train-router"]
 
 
 @pytest.fixture
@@ -113,6 +113,21 @@ def test_convert_then_export(run, make_experts, write_recipe, tmp_path):
         assert before.keys() == after.keys()
         for name in before:
             assert torch.equal(before[name], after[name]), name
+
+
+def test_convert_dry_run(run, make_experts, write_recipe, tmp_path):
+    """The plan is printed and nothing is written; what a conversion would refuse is refused here too."""
+    base, experts = make_experts("qwen2", 3)
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "merged"
+    write_recipe(base, experts, recipe, preset="paper-ties")
+    code, text, _ = run("convert", recipe, out, "--dry-run", "--max-memory", "1GB")
+    assert code == 0 and not out.exists() and not list(tmp_path.glob(".*"))
+    assert "at most" in text and "tied head" in text and "of 1.00 GB" in text
+    assert run("convert", recipe, out, "--dry-run", "--max-memory", "10MB")[0] == 2
+    out.mkdir()
+    (out / "file").touch()
+    code, _, err = run("convert", recipe, out, "--dry-run")
+    assert code == 2 and "is not empty" in err
 
 
 def test_convert_errors(run, make_experts, write_recipe, tmp_path):

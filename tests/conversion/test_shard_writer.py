@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, parse_size
+from conversion.journal import Journal
+from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, leftover_bytes, parse_size
 
 
 def tensors():
@@ -89,6 +90,31 @@ def test_a_block_that_does_not_fit_is_an_error(tmp_path, block, start):
     writer.close()
 
 
+def test_more_than_all_of_a_tensor_is_an_error(tmp_path):
+    writer = ShardWriter(tmp_path, [TensorSpec("w", (4, 2), torch.float32), TensorSpec("v", (4,), torch.float32)])
+    writer.write("w", torch.zeros(4, 2))
+    with pytest.raises(ValueError, match="w has 8 elements, all of them are written already"):
+        writer.write("w", torch.zeros(1, 2))
+    writer.close()
+
+
+def test_finished_shards_are_taken_over_and_others_are_written_again(tmp_path):
+    values = tensors()
+    for stop in (2, 4):
+        writer = ShardWriter(tmp_path, specs(values), 1, Journal(tmp_path, "f"))
+        wanted = [name for name in values if not writer.is_written(name)]
+        assert wanted == list(values)[stop - 2 :]
+        for name in wanted[:2]:
+            writer.write(name, values[name])
+        assert [writer.shard(name) for name in values] == [0, 1, 2, 3]
+        if stop == 2:
+            writer.write("bfloat", values["bfloat"][:3])
+            writer.close()
+    writer.finish()
+    loaded = load(tmp_path)
+    assert all(torch.equal(loaded[name], value) for name, value in values.items())
+
+
 def test_sizes_are_read_as_people_write_them():
     assert [parse_size(size) for size in (7, "7", "5GB", "1.5 MB", "2KiB")] == [7, 7, 5 * 10**9, 1500000, 2048]
     for wrong in ("5 apples", "", "-1", "0"):
@@ -152,6 +178,54 @@ def test_leftovers_of_killed_runs_go_with_the_next_one(tmp_path):
     (leftover / ".lock").touch()
     make_model(tmp_path / "model", "new")
     assert list(tmp_path.iterdir()) == [tmp_path / "model"]
+
+
+def interrupt(target, fingerprint, parts=("part",)):
+    with pytest.raises(KeyboardInterrupt), StagedFolder(target, fingerprint=fingerprint) as staged:
+        for part in parts:
+            staged.journal.save(part, staged.path / part, {})
+        (staged.path / "unfinished").write_bytes(bytes(10_000))
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_is_taken_over_by_the_same_one_only(tmp_path):
+    target = tmp_path / "model"
+    interrupt(target, "one")
+    (left,) = tmp_path.iterdir()
+    assert {path.name for path in left.iterdir()} == {".lock", ".journal", "part"}
+    with StagedFolder(target, fingerprint="one") as staged:
+        assert staged.path == left and staged.journal.finished("part")
+        with pytest.raises(ValueError, match="another run"), StagedFolder(target, fingerprint="one"):
+            pass
+        staged.publish("{}")
+    assert {path.name for path in target.iterdir()} == {"config.json", "part"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("fingerprint", ["two", None])
+def test_an_interrupted_run_of_something_else_goes(tmp_path, fingerprint):
+    target = tmp_path / "model"
+    interrupt(target, "one")
+    with StagedFolder(target, fingerprint=fingerprint) as staged:
+        assert not (staged.path / "part").exists()
+        assert list(tmp_path.iterdir()) == [staged.path]
+        staged.publish("{}")
+
+
+def test_nothing_is_kept_where_nothing_was_finished(tmp_path):
+    interrupt(tmp_path / "model", "one", parts=())
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_stopped_run_left_counts_as_free(tmp_path):
+    assert leftover_bytes(tmp_path / "new" / "model") == leftover_bytes(tmp_path / "model") == 0
+    interrupt(tmp_path / "model", "one")
+    (left,) = tmp_path.iterdir()
+    (left / "written").write_bytes(bytes(50_000))
+    with (left / "prepared").open("wb") as stream:
+        stream.truncate(10**9)
+    assert 50_000 <= leftover_bytes(tmp_path / "model") < 60_000
+    assert leftover_bytes(tmp_path / "other") == 0
 
 
 def test_a_model_moved_aside_by_a_killed_run_comes_back(tmp_path):
