@@ -16,12 +16,12 @@ CHUNK_BYTES = 32 * 2**20  # more makes nothing faster
 SMALL_CHUNK_BYTES = 2 * 2**20  # less makes it slower than one thread with a larger chunk
 MAX_THREADS = 8
 
-# The base model without data, names and places of all tensors, the report.
-HELD_BYTES = 64 * 2**20
+# Libraries that load on first use, the base model without data, names and places of all tensors, the report.
+HELD_BYTES = 160 * 2**20
 # Working blocks of the grouping and of a merge, which are of fixed size, and what the allocator keeps.
 THREAD_BYTES = 96 * 2**20
 # A chunk's rows as they are stored, their deltas, the gathered rows of a group, masks and the merged rows.
-CHUNK_COPIES = 4
+CHUNK_COPIES = 6
 # Gram matrix of a channel, that of its similarities and its links, float64.
 GRAM_COPIES = 3
 
