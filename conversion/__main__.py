@@ -224,6 +224,11 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
     Console().print(*evaluation_tables(metrics), sep="\n")
 
 
+def is_expected(error: Exception) -> bool:
+    """Whether the user or the network is at fault: huggingface_hub lets its HTTP client's errors through."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("httpx")
+
+
 def error_line(error: Exception) -> str:
     """The message of an expected error on one line."""
     from pydantic import ValidationError
@@ -243,8 +248,8 @@ def main(arguments: list[str] | None = None):
     """Run the command line; bad input is one line on stderr and exit code 2."""
     try:
         app(arguments)
-    except (ValueError, OSError) as error:
-        if os.environ.get(DEBUG_VARIABLE):
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE) or not is_expected(error):
             raise
         typer.echo(f"Error: {error_line(error)}", err=True)
         sys.exit(2)

@@ -342,7 +342,9 @@ def check_target(target: Path, overwrite: bool = False) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"the output folder {target} is not empty: choose another, or replace it with overwrite")
+        raise ValueError(
+            f"the output folder {target} is not empty: choose another, or replace a model with --overwrite"
+        )
     if not (target / CONFIG_FILE).is_file():
         raise ValueError(f"the output folder {target} is not a model folder (no {CONFIG_FILE}), it is not overwritten")
 

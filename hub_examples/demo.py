@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_experts.evaluate import answers, exact_match
+from tiny_experts.evaluate import answers, chat_prompt, exact_match
 from tiny_experts.skills import SKILLS, Example, examples
 
 from conversion.convert import convert
@@ -102,20 +102,19 @@ def accuracy_table(rows: dict[str, Accuracies], shares: dict[str, float]) -> Tab
 def mixed_batch_table(checkpoint: Path, tests: dict[str, list[Example]]) -> Table:
     """One batch of two questions of each skill, each answered by the expert that the router picks."""
     model, tokenizer = load(checkpoint), AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-    questions = [tests[skill][number].prompt for number in (0, 1) for skill in SKILLS]
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
-        for text in questions
-    ]
-    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    chosen = [tests[skill][number] for number in (0, 1) for skill in SKILLS]
+    inputs = tokenizer(
+        [chat_prompt(tokenizer, example.prompt) for example in chosen], padding=True, return_tensors="pt"
+    )
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
     texts = tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     probabilities = output.router_logits.softmax(-1).max(-1).values
-    table = Table("prompt", "expert", "p", "answer", title="One mixed batch, routed", show_lines=True)
-    for question, expert, probability, text in zip(
-        questions, output.expert_index.tolist(), probabilities.tolist(), texts, strict=True
+    table = Table("prompt", "expert", "p", "answer", "expected", title="One mixed batch, routed", show_lines=True)
+    for example, expert, probability, text in zip(
+        chosen, output.expert_index.tolist(), probabilities.tolist(), texts, strict=True
     ):
-        table.add_row(question, model.config.expert_names[expert], f"{probability:.2f}", text.strip())
+        name, expected = model.config.expert_names[expert], example.completion.strip()
+        table.add_row(example.prompt, name, f"{probability:.2f}", text.strip(), expected)
     return table
 
 
@@ -132,7 +131,7 @@ def main():
 
     console.rule("Converting the four experts")
     for name in (*BASELINES, *PRESETS):
-        console.print(f"{name}: [dim]channel-merge convert tiny_experts/recipes/{name}.yaml[/dim]")
+        console.print(f"{name}: [dim]channel-merge convert hub_examples/tiny_experts/recipes/{name}.yaml OUT[/dim]")
         convert(TINY_EXPERTS / "recipes" / f"{name}.yaml", out / name, overwrite=True)
 
     console.rule("Training the routers")

@@ -464,7 +464,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         expert_index: ExpertIndex | None = None,
-        expert_labels: torch.LongTensor | None = None,
+        expert_labels: ExpertIndex | None = None,
         router_only: bool = False,
         **kwargs,
     ) -> ChannelMergedCausalLMOutput | RouterOutput:
@@ -475,8 +475,8 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
             labels: (B, T) for the language-modelling loss. The choice of an expert has no gradient, so the router does
                 not learn from it.
             expert_index: name, index, list of B of them, or (B,) int64 tensor.
-            expert_labels: (B,) int64 right experts: returns the router's cross-entropy and logits, and runs only the
-                layers that the router needs.
+            expert_labels: (B,) int64 right experts, or their names: returns the router's cross-entropy and logits, and
+                runs only the layers that the router needs.
             router_only: return the `RouterOutput` alone.
         """
         if router_only:
@@ -485,6 +485,8 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
             if labels is not None:
                 raise ValueError("give labels (language modelling) or expert_labels (router), not both")
             router_logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
+            if not isinstance(expert_labels, torch.Tensor):
+                expert_labels = self.expert_ids(expert_labels, len(router_logits))
             loss = F.cross_entropy(router_logits, expert_labels.to(router_logits.device))
             return ChannelMergedCausalLMOutput(loss=loss, router_logits=router_logits)
         active, expert_index, router_logits = self._experts_of_batch(

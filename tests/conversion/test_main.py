@@ -250,3 +250,24 @@ def test_error_line():
         error_line(FileNotFoundError(2, "No such file or directory", "a.yaml")) == "a.yaml: No such file or directory"
     )
     assert error_line(ValueError()) == "ValueError"
+
+
+def test_a_network_error_is_one_line(monkeypatch, capsys):
+    client_error = type("ConnectError", (Exception,), {"__module__": "httpx2"})
+
+    def unreachable(arguments):
+        raise client_error("name or service not known")
+
+    monkeypatch.setattr("conversion.__main__.app", unreachable)
+    with pytest.raises(SystemExit, match="2"):
+        main(["push", "merged", "user/name"])
+    assert capsys.readouterr().err == "Error: name or service not known\n"
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):
+    def broken(arguments):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("conversion.__main__.app", broken)
+    with pytest.raises(KeyError):
+        main(["inspect", "merged"])

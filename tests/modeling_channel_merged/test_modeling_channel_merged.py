@@ -175,6 +175,13 @@ def test_router_features_have_no_dropout(prompts):
     assert model.model.training
 
 
+def test_router_labels_by_name(llama_model, prompts):
+    by_index = llama_model(prompts, expert_labels=torch.tensor([2, 0, 1])).loss
+    assert torch.equal(llama_model(prompts, expert_labels=["code", "instruct", "math"]).loss, by_index)
+    with pytest.raises(ValueError, match="unknown expert 'physics'"):
+        llama_model(prompts, expert_labels=["code", "physics", "math"])
+
+
 def test_two_kinds_of_labels_are_an_error(llama_model, prompts):
     with pytest.raises(ValueError, match="not both"):
         llama_model(prompts, labels=prompts, expert_labels=torch.tensor([0, 1, 2]))
