@@ -13,6 +13,7 @@ import torch
 import modeling_channel_merged
 from conversion.delta_errors import DeltaErrors, norm, relative_error
 from conversion.model_card import CARD_FILE, REPORT_FILE, model_card
+from conversion.model_source import TOKENIZER_PATTERNS
 from conversion.plan import Plan
 from conversion.vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -30,16 +31,8 @@ PACKAGE = "channel-merged"
 RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
 
 TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
+    *TOKENIZER_PATTERNS,
     "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
 )
 
 

@@ -19,6 +19,19 @@ logger = logging.getLogger(__name__)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADAPTER_CONFIG = "adapter_config.json"
 
+# Files of a tokenizer and its chat templates; tiktoken vocabularies have names of their own.
+TOKENIZER_PATTERNS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
 # What a model has beside its weights, at the top of its repository: the Hub's patterns match folders with "*" too,
 # so none begins with one.
 SMALL_FILES = (
@@ -28,16 +41,8 @@ SMALL_FILES = (
     "README.md",
     ADAPTER_CONFIG,
     *(format.index for format in MODEL_FORMATS),
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
+    *TOKENIZER_PATTERNS,
     "qwen.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
     "experts/*",
 )
 
