@@ -38,9 +38,9 @@ from conversion.memory_budget import CHUNK_BYTES, own_modules, plan_memory, row_
 from conversion.merge_methods import MagnitudeThreshold, MergeMethod, keep_mask, merge_rows
 from conversion.plan import Plan, make_plan
 from conversion.recipe import Recipe, load_recipe
+from conversion.row_layout import layout_rows
 from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, parse_size
 from conversion.vocabulary import fill_missing_rows, layout_present
-from modeling_channel_merged.channel_ops import layout_rows
 
 MAX_MEMORY = "2GB"
 THRESHOLD_PREFIX = "thresholds."

@@ -34,7 +34,7 @@ from tokenizers import AddedToken, decoders
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from conversion.model_source import one_line
-from modeling_channel_merged.channel_ops import RowLayout, layout_rows
+from conversion.row_layout import RowLayout, layout_rows
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,13 @@ from .active_experts import ActiveExperts, active_experts
 from .channel_kernels import RowOwners, kernel_applies, kernel_linear, kernels_run_on, row_owners
 from .channel_ops import (
     ALL_ROWS_MAX_TOKENS,
+    CALL_VALUES,
     ExpertRuns,
     expert_runs,
     fill_missing,
     gather_channels,
     grouped_linear,
+    rows_linear,
     run_linear,
 )
 
@@ -103,8 +105,8 @@ class DerivedIndex(NamedTuple):
     version: int
 
     @classmethod
-    def of(cls, index: torch.Tensor, num_rows: int) -> "DerivedIndex":
-        runs = expert_runs(index)
+    def of(cls, index: torch.Tensor, num_rows: int, in_features: int) -> "DerivedIndex":
+        runs = expert_runs(index, CALL_VALUES // in_features)
         owners = row_owners(index, num_rows) if kernels_run_on(index.device) else None
         # Tensors made in inference mode count no versions; nobody may write to them later either.
         version = -1 if index.is_inference() else index._version
@@ -150,7 +152,7 @@ class ChannelMergedLinear(ChannelIndexed):
         """What follows from `channel_index`, derived again whenever it is another tensor or was written to."""
         index, derived = self._buffers["channel_index"], self._derived
         if derived is None or not (torch.compiler.is_dynamo_compiling() or derived.follows(index)):
-            derived = self._derived = DerivedIndex.of(index, self.num_rows)
+            derived = self._derived = DerivedIndex.of(index, self.num_rows, self.in_features)
         return derived
 
     def __getstate__(self):
@@ -173,7 +175,8 @@ class ChannelMergedLinear(ChannelIndexed):
         if active.expert is not None:
             return run_linear(hidden_states, weight, bias, derived.runs[active.expert])
         if active.order is None or hidden_states.shape[:-1].numel() <= ALL_ROWS_MAX_TOKENS:
-            return self._call_rows(hidden_states, active)
+            row_outputs = rows_linear(hidden_states, weight, bias, ((0, len(weight)),))
+            return split_batch(self._gather_mixed, row_outputs, active)
         return split_batch(self._per_expert, hidden_states, active)
 
     def _call_rows(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:

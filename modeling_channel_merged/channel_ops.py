@@ -1,8 +1,8 @@
-"""Channel-merged matrices as plain tensor functions: stored form, row order, runs and matrix products.
+"""Channel-merged matrices as plain tensor functions: runs of rows, and matrix products.
 
 A channel-merged matrix stores R rows for the O output channels of N experts; `channel_index[e, c]` is the row that
 channel `c` of expert `e` reads (-1: this expert has no such channel, its output is -inf). Rows are sorted by their
-owner set along a Gray code, so that the rows of one expert form few runs of consecutive rows:
+owner set, so that the rows of one expert form few runs of consecutive rows:
 
     rows of owner set  {0} {0,1} {1}      N = 2, O = 3, channel 1 shared
     weight (R, I)      a0  a2 | m1 | b0 b2
@@ -15,112 +15,97 @@ of the outputs into channel order.
 Shapes: N experts, O channels, I inputs, R rows, B batch, T tokens; `*` is any number of leading dimensions.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-# For N = 4 this Gray cycle splits its 8 runs as (1, 3, 2, 2) over the experts; the reflected code gives (4, 2, 1, 1).
-BALANCED_OWNER_ORDER = {4: (8, 10, 2, 6, 4, 12, 14, 15, 13, 9, 11, 3, 7, 5, 1)}
-
 # A mixed batch of at most this many tokens multiplies all R rows once; above it each expert multiplies its own tokens.
 ALL_ROWS_MAX_TOKENS = 64
 
-# Tokens from which `run_linear` takes these paths on a CPU (see `run_path`).
-TRANSPOSED_MIN_TOKENS = {torch.float32: 16, torch.float64: 16}  # other dtypes: 32
+# Up to FEW_TOKENS a product's time is that of reading its rows, and starting one takes as long as reading so many
+# values (5 to 20 microseconds): a shorter gap between two runs is read over.
+FEW_TOKENS = 16
+CALL_VALUES = 100_000
+
+# On a CPU, from so many tokens on copying an expert's rows can cost less than moving its outputs into channel order.
 COPY_MIN_TOKENS = 256
-MAX_RUNS, FEW_TOKENS = 32, 16
+# An expert with more runs is multiplied by one copy of its rows for many tokens, and by all rows for few.
+MAX_RUNS = 32
+# Up to this many tokens, a float32 product on a CPU goes in two halves (see `multiply_rows`).
+HALVES_MAX_TOKENS = 4
+MKL_DTYPES = (torch.float32, torch.float64)
 
 
-def owner_rank(owner_sets: torch.LongTensor, num_experts: int) -> torch.LongTensor:
-    """Place of each owner set (bit mask of experts) along the row order, for any shape of `owner_sets`."""
-    if num_experts in BALANCED_OWNER_ORDER:
-        order = BALANCED_OWNER_ORDER[num_experts]
-        rank = torch.zeros(1 << num_experts, dtype=torch.int64, device=owner_sets.device)
-        rank[torch.tensor(order, device=owner_sets.device)] = torch.arange(len(order), device=owner_sets.device)
-        return rank[owner_sets]
-    rank = owner_sets.clone()  # inverse of the reflected Gray code: the xor of all right shifts
-    shift = 1
-    while shift < num_experts:
-        rank = rank ^ (rank >> shift)
-        shift *= 2
-    return rank
+class RowSlices(NamedTuple):
+    """Slices of the stored rows, and where each channel's row lies in them."""
 
+    slices: tuple[tuple[int, int], ...]  # first row and one past the last, ascending
+    gather: torch.LongTensor | None  # (O,) place of each channel in the concatenated slices; None: already in order
 
-class RowLayout(NamedTuple):
-    """Stored form of one matrix: who owns each row, where it comes from, and which row each channel reads."""
-
-    channel_index: torch.IntTensor  # (N, O) row numbers
-    row_channel: torch.LongTensor  # (R,) the channel that each row belongs to
-    row_owners: torch.LongTensor  # (R,) bit mask of the experts that read the row
-
-
-def layout_rows(groups: torch.Tensor) -> RowLayout:
-    """Lay out one matrix in run order from the groups of its channels.
-
-    Args:
-        groups: (N, O) integers; experts with the same value in a column share one row there.
-
-    Returns:
-        The layout: rows ordered by `owner_rank` of their owner set, then by channel.
-    """
-    num_experts, num_channels = groups.shape
-    if num_experts > 62:
-        raise ValueError(f"at most 62 experts fit the owner bit mask, got {num_experts}")
-    bits = torch.ones(num_experts, dtype=torch.int64, device=groups.device) << torch.arange(
-        num_experts, device=groups.device
-    )
-    owners = torch.zeros(groups.shape, dtype=torch.int64, device=groups.device)
-    for expert, bit in enumerate(bits):  # one after the other: N x N x O would be large
-        owners |= (groups == groups[expert]) * bit  # (N, O) owner set of the row that expert e reads
-    # The lowest member of an owner set speaks for its row.
-    leads = (owners & -owners) == bits[:, None]  # (N, O)
-    row_channel = leads.nonzero()[:, 1]
-    row_owners = owners[leads]
-    # A stable sort by owner set keeps channels ascending only if they come in ascending.
-    by_channel = torch.argsort(row_channel, stable=True)
-    row_channel, row_owners = row_channel[by_channel], row_owners[by_channel]
-    order = torch.argsort(owner_rank(row_owners, num_experts), stable=True)
-    row_channel, row_owners = row_channel[order], row_owners[order]
-    channel_index = torch.empty((num_experts, num_channels), dtype=torch.int32, device=groups.device)
-    for expert in range(num_experts):
-        owned = ((row_owners >> expert) & 1).nonzero()[:, 0]
-        channel_index[expert, row_channel[owned]] = owned.to(torch.int32)
-    return RowLayout(channel_index, row_channel, row_owners)
+    @property
+    def num_rows(self) -> int:
+        return sum(last - first for first, last in self.slices)
 
 
 class ExpertRuns(NamedTuple):
     """How one expert reads its matrix: views of the weight, then a gather of the outputs."""
 
-    slices: tuple[tuple[int, int], ...]  # runs of consecutive rows, first and one past the last
+    exact: RowSlices  # the expert's runs and nothing else
+    few: RowSlices  # for few tokens: short gaps between runs are read, too
     rows: torch.LongTensor  # (O,) row of each channel; of a missing channel, row 0
-    gather: torch.LongTensor | None  # (O,) place of each channel in the concatenated runs; None: already in order
     missing: torch.BoolTensor | None  # (O,) channels that this expert does not have; None: it has all
 
 
-def expert_runs(channel_index: torch.Tensor) -> tuple[ExpertRuns, ...]:
-    """Derive every expert's runs from `channel_index` (N, O). Copies the index to the host once."""
+def expert_runs(channel_index: torch.Tensor, short_gap: int = 0) -> tuple[ExpertRuns, ...]:
+    """Derive every expert's runs from `channel_index` (N, O). Copies the index to the host once.
+
+    Args:
+        short_gap: most rows between two runs that are read over for few tokens.
+    """
     device = channel_index.device
     runs = []
     for index in channel_index.cpu().long():
         missing = index < 0
         rows = torch.unique(index[~missing])  # sorted
-        breaks = (rows.diff() != 1).nonzero()[:, 0] + 1
-        edges = [0, *breaks.tolist(), len(rows)]
-        slices = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(edges) if b > a)
-        gather = torch.searchsorted(rows, index.clamp(min=0))
-        gather[missing] = 0
-        in_order = len(rows) == len(index) and torch.equal(gather, torch.arange(len(index)))
-        runs.append(
-            ExpertRuns(
-                slices,
-                index.clamp(min=0).to(device),
-                None if in_order else gather.to(device),
-                missing.to(device) if missing.any() else None,
-            )
+        index = index.clamp(min=0)
+        exact = cover_rows(rows, index, missing, 0)
+        few = cover_rows(rows, index, missing, short_gap)
+        if len(few[0]) > MAX_RUNS:
+            few = cover_rows(rows, index, missing, int(rows[-1]))
+        exact, few = (
+            RowSlices(slices, None if gather is None else gather.to(device)) for slices, gather in (exact, few)
         )
+        few = exact if few.slices == exact.slices else few
+        runs.append(ExpertRuns(exact, few, index.to(device), missing.to(device) if missing.any() else None))
     return tuple(runs)
+
+
+def cover_rows(
+    rows: torch.LongTensor, index: torch.LongTensor, missing: torch.BoolTensor, short_gap: int
+) -> RowSlices:
+    """Slices that hold the ascending `rows`, two of them one where at most `short_gap` other rows lie between.
+
+    Args:
+        rows: (D,) rows that the expert reads.
+        index: (O,) row of each channel.
+        missing: (O,) channels that read none.
+    """
+    breaks = (rows.diff() > 1 + short_gap).nonzero()[:, 0] + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    slices = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(edges) if b > a)
+    if not slices:
+        return RowSlices((), torch.zeros_like(index))
+    first, last = torch.tensor(slices).T.contiguous()
+    before = (last - first).cumsum(0) - (last - first)  # rows in the slices before
+    own = torch.searchsorted(last, index, right=True).clamp(max=len(slices) - 1)
+    gather = (index - first[own] + before[own]).masked_fill(missing, 0)
+    in_order = int(last[-1] - first[-1] + before[-1]) == len(index) and torch.equal(gather, torch.arange(len(index)))
+    return RowSlices(slices, None if in_order else gather)
 
 
 def fill_missing(output: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
@@ -160,6 +145,10 @@ def run_linear(
 ) -> torch.Tensor:
     """One expert's product: one matrix product per run on a view of `weight`, then the gather into channel order.
 
+    - One run is one plain product, bit-equal to that of the expert's dense layer.
+    - Many tokens pay for copying the expert's rows (O * I values) rather than moving outputs (tokens * O).
+    - Few tokens also read short gaps between runs, where that is cheaper than one more product.
+
     Args:
         hidden_states: (*, I).
         weight: (R, I); bias: (R,) or None.
@@ -167,55 +156,122 @@ def run_linear(
     Returns:
         (*, O).
     """
-    path = run_path(hidden_states, runs)
-    if path == "view":
-        first, last = runs.slices[0]
-        output = F.linear(hidden_states, weight[first:last], None if bias is None else bias[first:last])
-    elif path == "copy":
-        output = F.linear(
-            hidden_states, weight.index_select(0, runs.rows), None if bias is None else bias.index_select(0, runs.rows)
-        )
-    elif path == "all rows":
-        output = F.linear(hidden_states, weight, bias)[..., runs.rows]
-    elif path == "transposed":
-        inputs = hidden_states.reshape(-1, hidden_states.shape[-1]).t()
-        if bias is None:
-            parts = [torch.mm(weight[a:b], inputs) for a, b in runs.slices]
-        else:
-            parts = [torch.addmm(bias[a:b, None], weight[a:b], inputs) for a, b in runs.slices]
-        output = torch.cat(parts) if len(parts) > 1 else parts[0]
-        output = output.index_select(0, runs.gather) if runs.gather is not None else output
-        # Attention kernels want the last dimension contiguous.
-        output = output.t().contiguous().unflatten(0, hidden_states.shape[:-1])
+    num_tokens = hidden_states.shape[:-1].numel()
+    one_run = len(runs.exact.slices) == 1
+    if copies_rows(num_tokens, hidden_states, runs) and not (one_run and runs.exact.gather is None):
+        own_bias = None if bias is None else bias.index_select(0, runs.rows)
+        output = F.linear(hidden_states, weight.index_select(0, runs.rows), own_bias)
+    elif one_run:
+        output = choose(F.linear(hidden_states, *rows_between(weight, bias, *runs.exact.slices[0])), runs.exact.gather)
     else:
-        parts = [F.linear(hidden_states, weight[a:b], None if bias is None else bias[a:b]) for a, b in runs.slices]
-        output = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        output = output[..., runs.gather] if runs.gather is not None else output
+        read = runs.few if num_tokens <= FEW_TOKENS else runs.exact
+        output = choose(rows_linear(hidden_states, weight, bias, read.slices), read.gather)
     return fill_missing(output, runs.missing)
 
 
-def run_path(hidden_states: torch.Tensor, runs: ExpertRuns) -> str:
-    """How `run_linear` multiplies (*, I) inputs; the numbers were measured with oneDNN and MKL on AVX-512.
+def copies_rows(num_tokens: int, hidden_states: torch.Tensor, runs: ExpertRuns) -> bool:
+    """Whether one product with a copy of the expert's rows is the faster way."""
+    if len(runs.exact.slices) > MAX_RUNS:
+        return num_tokens > FEW_TOKENS
+    if hidden_states.device.type != "cpu" or 4 * num_tokens < hidden_states.shape[-1]:
+        return False
+    return num_tokens >= (4 * COPY_MIN_TOKENS if hidden_states.dtype in MKL_DTYPES else COPY_MIN_TOKENS)
 
-    - "view": one run in channel order is a plain product.
-    - "copy": many tokens pay for copying the expert's rows (O * I values) rather than moving outputs (tokens * O).
-    - "transposed", `weight @ x.T`: gathering channels is then a copy of whole rows of the output, which even with the
-      transposition back is cheaper than picking single elements; in float32 the product itself is faster, too.
-    - "all rows": so many runs (a dozen experts or more) that their calls cost more than reading every row.
-    - "split": the product per run, then picking elements; for few tokens, and on accelerators, where that is cheap.
-    """
-    if runs.gather is None and len(runs.slices) == 1:
-        return "view"
-    num_tokens, in_features = hidden_states.shape[:-1].numel(), hidden_states.shape[-1]
-    if len(runs.slices) > MAX_RUNS:
-        return "copy" if num_tokens >= FEW_TOKENS else "all rows"
+
+def choose(outputs: torch.Tensor, gather: torch.LongTensor | None) -> torch.Tensor:
+    """(*, rows) -> (*, O): the outputs at places `gather` (O,), or all as they are."""
+    return outputs if gather is None else outputs.gather(-1, gather.expand(*outputs.shape[:-1], -1))
+
+
+def rows_between(
+    weight: torch.Tensor, bias: torch.Tensor | None, first: int, last: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Views of weight (last - first, I) and bias (last - first,) of consecutive rows."""
+    return weight[first:last], None if bias is None else bias[first:last]
+
+
+def rows_linear(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    slices: tuple[tuple[int, int], ...],
+) -> torch.Tensor:
+    """Outputs of some slices of the rows, one after the other: (*, I) -> (*, rows), in the strides of the product."""
+    num_tokens = hidden_states.shape[:-1].numel()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        parts = [F.linear(hidden_states, *rows_between(weight, bias, *edges)) for edges in slices]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    inputs = hidden_states.reshape(num_tokens, hidden_states.shape[-1])
+    num_rows = sum(last - first for first, last in slices)
+    weight_first = weight_comes_first(num_tokens, hidden_states)
+    outputs = inputs.new_empty((num_rows, num_tokens) if weight_first else (num_tokens, num_rows))
+    place = 0
+    for first, last in slices:
+        rows, own_bias = rows_between(weight, bias, first, last)
+        if weight_first:
+            multiply_rows(rows, own_bias, inputs.t(), outputs[place : place + last - first])
+        else:
+            multiply(inputs, own_bias, rows.t(), outputs[:, place : place + last - first])
+        place += last - first
+    outputs = outputs.t() if weight_first else outputs
+    return outputs.view(*hidden_states.shape[:-1], num_rows)
+
+
+def weight_comes_first(num_tokens: int, hidden_states: torch.Tensor) -> bool:
+    """Whether `weight @ inputs.T` is the faster product, as measured with MKL (float32) and oneDNN on AVX-512 CPUs."""
     if hidden_states.device.type != "cpu":
-        return "split"
-    if num_tokens >= COPY_MIN_TOKENS and 2 * num_tokens >= in_features:
-        return "copy"
-    if num_tokens >= TRANSPOSED_MIN_TOKENS.get(hidden_states.dtype, 32):
-        return "transposed"
-    return "split"
+        return False
+    if hidden_states.dtype in MKL_DTYPES:
+        return num_tokens <= HALVES_MAX_TOKENS or 16 <= num_tokens <= 256
+    return num_tokens == 1 or 32 <= num_tokens < 256
+
+
+def multiply_rows(rows: torch.Tensor, bias: torch.Tensor | None, inputs: torch.Tensor, out: torch.Tensor):
+    """out (S, T) = rows (S, I) @ inputs (I, T) + bias (S,)."""
+    num_rows, num_tokens = len(rows), inputs.shape[1]
+    column = None if bias is None else bias[:, None]
+    if rows.dtype in MKL_DTYPES and num_tokens <= HALVES_MAX_TOKENS:
+        # MKL reads the rows of a product with few columns with one thread, but a batch of two with two threads.
+        if num_rows % 2:
+            multiply(rows[-1:], None if bias is None else column[-1:], inputs, out[-1:])
+        half = num_rows // 2
+        halves, out = rows[: 2 * half].unflatten(0, (2, half)), out[: 2 * half].view(2, half, num_tokens)
+        if bias is None:
+            torch.bmm(halves, inputs.expand(2, -1, -1), out=out)
+        else:
+            torch.baddbmm(column[: 2 * half].view(2, half, 1), halves, inputs.expand(2, -1, -1), out=out)
+    elif rows.dtype == torch.bfloat16 and num_tokens == 1:
+        with without_onednn():
+            multiply(rows, column, inputs, out)
+    else:
+        multiply(rows, column, inputs, out)
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """PyTorch's own matrix-vector product, which in bfloat16 reads its rows about twice as fast as oneDNN's.
+
+    The switch is the whole process's, and for many tokens oneDNN is far faster: where another thread might be
+    multiplying, too, nothing is switched.
+    """
+    here = threading.current_thread()
+    alone = all(thread is here or thread.daemon for thread in threading.enumerate())
+    if not alone or not torch.backends.mkldnn.enabled:
+        yield
+        return
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+def multiply(left: torch.Tensor, bias: torch.Tensor | None, right: torch.Tensor, out: torch.Tensor):
+    """out = left @ right, plus a bias that broadcasts."""
+    if bias is None:
+        torch.mm(left, right, out=out)
+    else:
+        torch.addmm(bias, left, right, out=out)
 
 
 def grouped_linear(

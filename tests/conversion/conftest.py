@@ -1,6 +1,7 @@
 """Channel-merged checkpoints written straight from the stored form, with every expert's exact weights beside them."""
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,15 @@ from transformers import (
     Qwen3Config,
 )
 
+from conversion.row_layout import layout_rows
 from modeling_channel_merged.channel_merged_layers import find_modules
-from modeling_channel_merged.channel_ops import layout_rows
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 
+QUERIES = {
+    "instruct": ["please", "write", "hello"],
+    "math": ["one", "two", "plus"],
+    "code": ["def", "print", "return"],
+}
 WORDS = ["one", "two", "three", "plus", "print", "def", "return", "hello", "please", "write", "你", "好", "吗", "user"]
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<unk>"]
 VOCAB_SIZE = 23
@@ -144,6 +150,20 @@ def write_checkpoint(
     return StoredExperts(folder, config, experts, labels)
 
 
+def router_rows(count: int, seed: int) -> list[dict[str, str]]:
+    """Queries of one to nine words that are easy to tell apart, the experts in turn."""
+    generator, experts = random.Random(seed), list(QUERIES)
+    return [
+        {"text": " ".join(generator.choices(QUERIES[expert], k=generator.randint(1, 9))), "expert": expert}
+        for expert in (experts[number % 3] for number in range(count))
+    ]
+
+
+def write_jsonl(file: Path, rows: list[dict]) -> str:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
 @pytest.fixture
 def stored(tmp_path) -> StoredExperts:
     """Three experts of a tiny Llama with grouped-query attention."""
@@ -153,6 +173,16 @@ def stored(tmp_path) -> StoredExperts:
 @pytest.fixture(name="write_checkpoint")
 def write_checkpoint_fixture():
     return write_checkpoint
+
+
+@pytest.fixture(name="router_rows")
+def router_rows_fixture():
+    return router_rows
+
+
+@pytest.fixture(name="write_jsonl")
+def write_jsonl_fixture():
+    return write_jsonl
 
 
 @pytest.fixture(name="write_tokenizer")

@@ -20,8 +20,8 @@ from conversion.convert import convert
 from conversion.merge_methods import keep_mask
 from conversion.plan import make_plan
 from conversion.recipe import Recipe, parse_recipe
+from conversion.row_layout import layout_rows
 from modeling_channel_merged.channel_merged_layers import find_modules
-from modeling_channel_merged.channel_ops import layout_rows
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:

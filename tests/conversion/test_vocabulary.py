@@ -35,6 +35,7 @@ from conversion.merged_checkpoint import read_config
 from conversion.plan import make_plan
 from conversion.recipe import parse_recipe
 from conversion.report import inspect_checkpoint
+from conversion.row_layout import layout_rows
 from conversion.train_router import main as train_router
 from conversion.vocabulary import (
     PIECE_MARK,
@@ -45,7 +46,6 @@ from conversion.vocabulary import (
     layout_present,
     with_special_tokens,
 )
-from modeling_channel_merged.channel_ops import layout_rows
 
 FAMILIES = {
     "llama": lambda size: LlamaConfig(**SIZES, vocab_size=size),

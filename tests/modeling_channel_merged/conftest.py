@@ -6,9 +6,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.pytorch_utils import Conv1D
 
+from conversion.row_layout import layout_rows
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 from modeling_channel_merged.channel_merged_layers import find_modules
-from modeling_channel_merged.channel_ops import layout_rows
 
 SIZES = {
     "hidden_size": 48,

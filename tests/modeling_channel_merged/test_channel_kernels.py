@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
+from conversion.row_layout import layout_rows  # noqa: E402
 from modeling_channel_merged import channel_kernels  # noqa: E402
 from modeling_channel_merged.active_experts import ActiveExperts, activate  # noqa: E402
 from modeling_channel_merged.channel_kernels import (  # noqa: E402
@@ -27,7 +28,7 @@ from modeling_channel_merged.channel_kernels import (  # noqa: E402
     row_owners,
 )
 from modeling_channel_merged.channel_merged_layers import ChannelMergedLinear, initial_channel_index  # noqa: E402
-from modeling_channel_merged.channel_ops import layout_rows, reference_linear  # noqa: E402
+from modeling_channel_merged.channel_ops import reference_linear  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"

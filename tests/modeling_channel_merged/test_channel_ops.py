@@ -1,6 +1,7 @@
-"""Row order, runs and products of a channel-merged matrix, against its plain definition."""
+"""Runs and products of a channel-merged matrix, against its plain definition."""
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -8,18 +9,24 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conversion.row_layout import layout_rows
 from modeling_channel_merged.channel_ops import (
+    COPY_MIN_TOKENS,
+    FEW_TOKENS,
+    HALVES_MAX_TOKENS,
     expert_runs,
     fill_missing,
     gather_channels,
     grouped_linear,
-    layout_rows,
-    owner_rank,
     reference_linear,
+    rows_linear,
     run_linear,
+    without_onednn,
 )
 
 SIZES = [1, 63, 100]
+# Of one product: one to each side of every number that decides its path.
+TOKENS = [1, 2, HALVES_MAX_TOKENS, 5, FEW_TOKENS, FEW_TOKENS + 1, 40, COPY_MIN_TOKENS, 4 * COPY_MIN_TOKENS]
 NUM_EXPERTS = [2, 3, 4, 5]
 
 
@@ -64,8 +71,18 @@ def random_matrix(num_experts, num_channels, width, seed, integers=False, missin
     return weight, bias, drop_channels(layout.channel_index, seed) if missing else layout.channel_index
 
 
+def plain_error(weight, bias, index, dtype):
+    """Largest error of the dense layers of all experts, for tokens one by one and together, against float64."""
+    hidden = torch.randn(len(index), 64, weight.shape[1], generator=torch.Generator().manual_seed(6)).to(dtype)
+    experts = torch.arange(len(index))
+    exact = reference_linear(hidden.double(), weight.double(), bias.double(), index, experts)
+    together = reference_linear(hidden, weight, bias, index, experts)
+    one_by_one = [reference_linear(token, weight, bias, index, experts) for token in hidden.split(1, dim=1)]
+    return max((together - exact).abs().max(), (torch.cat(one_by_one, dim=1) - exact).abs().max())
+
+
 def number_of_runs(channel_index):
-    return [len(runs.slices) for runs in expert_runs(channel_index)]
+    return [len(runs.exact.slices) for runs in expert_runs(channel_index)]
 
 
 group_columns = st.integers(1, 6).flatmap(
@@ -75,84 +92,9 @@ group_columns = st.integers(1, 6).flatmap(
 )
 
 
-class TestOwnerRank:
-    @pytest.mark.parametrize("num_experts", range(1, 11))
-    def test_is_a_gray_code(self, num_experts):
-        """Every owner set has its own place, and neighbours differ by one expert."""
-        owner_sets = torch.arange(1, 1 << num_experts)
-        rank = owner_rank(owner_sets, num_experts)
-        assert len(rank.unique()) == len(rank)
-        ordered = owner_sets[rank.argsort()].tolist()
-        assert all((a ^ b).bit_count() == 1 for a, b in itertools.pairwise(ordered))
-        assert ordered[0].bit_count() == ordered[-1].bit_count() == 1
-
-    def test_keeps_shape_and_input(self):
-        owner_sets = torch.tensor([[1, 2], [3, 1]])
-        assert owner_rank(owner_sets, 2).shape == (2, 2)
-        assert owner_sets.tolist() == [[1, 2], [3, 1]]
-
-
-class TestLayoutRows:
-    def test_example(self):
-        """The two experts of the module's docstring."""
-        layout = layout_rows(torch.tensor([[0, 1, 2], [3, 1, 4]]))
-        assert layout.channel_index.dtype == torch.int32
-        assert layout.channel_index.tolist() == [[0, 2, 1], [3, 2, 4]]
-        assert layout.row_channel.tolist() == [0, 2, 1, 0, 2]
-        assert layout.row_owners.tolist() == [1, 1, 3, 2, 2]
-
-    @settings(max_examples=200, deadline=None)
-    @given(group_columns)
-    def test_every_channel_of_every_expert_finds_its_row(self, columns):
-        """Experts share a row exactly where they are in one group, and every row belongs to its channel and owners."""
-        groups = torch.tensor(columns).T
-        num_experts, num_channels = groups.shape
-        index, row_channel, row_owners = layout_rows(groups)
-        assert index.shape == groups.shape and row_channel.shape == row_owners.shape
-        assert len(row_channel) == sum(len(set(column)) for column in columns)
-        assert torch.equal(torch.unique(index), torch.arange(len(row_channel)))
-        for expert in range(num_experts):
-            assert torch.equal(row_channel[index[expert].long()], torch.arange(num_channels))
-            for other in range(num_experts):
-                assert torch.equal(index[expert] == index[other], groups[expert] == groups[other])
-                owned = (row_owners[index[expert].long()] >> other) & 1
-                assert torch.equal(owned.bool(), groups[expert] == groups[other])
-
-    @settings(max_examples=100, deadline=None)
-    @given(group_columns)
-    def test_rows_are_sorted(self, columns):
-        """By place of their owner set, then by channel: the order is canonical."""
-        groups = torch.tensor(columns).T
-        _, row_channel, row_owners = layout_rows(groups)
-        rank = owner_rank(row_owners, len(groups)).tolist()
-        keys = list(zip(rank, row_channel.tolist(), strict=True))
-        assert keys == sorted(set(keys))
-
-    @settings(max_examples=100, deadline=None)
-    @given(group_columns)
-    def test_names_of_groups_do_not_matter(self, columns):
-        groups = torch.tensor(columns).T
-        layout, renamed = layout_rows(groups), layout_rows(7 - 3 * groups)
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(layout, renamed, strict=True))
-
-    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
-    def test_extreme_groups(self, num_experts):
-        """All shared: one dense matrix. Nothing shared: one slice per expert, in order."""
-        shared = layout_rows(torch.zeros(num_experts, 63, dtype=torch.int64))
-        assert torch.equal(shared.channel_index, torch.arange(63, dtype=torch.int32).expand(num_experts, 63))
-        apart = layout_rows(torch.arange(num_experts)[:, None].expand(-1, 63))
-        assert len(apart.row_channel) == num_experts * 63
-        for index in apart.channel_index:
-            assert (index.diff() == 1).all()
-
-    def test_too_many_experts(self):
-        with pytest.raises(ValueError, match="at most 62 experts fit the owner bit mask, got 63"):
-            layout_rows(torch.zeros(63, 2, dtype=torch.int64))
-
-
 class TestExpertRuns:
     @pytest.mark.parametrize(
-        "num_experts, runs", [(1, [1]), (2, [1, 1]), (3, [2, 1, 1]), (4, [1, 3, 2, 2]), (5, None), (6, None)]
+        "num_experts, runs", [(1, [1]), (2, [1, 1]), (3, [2, 1, 1]), (4, None), (5, None), (6, None)]
     )
     def test_fewest_runs_when_every_owner_set_occurs(self, num_experts, runs):
         """2^(N-1) in all: the path through the owner sets changes one expert a step, and starts and ends at one."""
@@ -177,12 +119,12 @@ class TestExpertRuns:
         if missing:
             index = drop_channels(index, seed)
         for expert, runs in enumerate(expert_runs(index)):
-            assert all(a < b for a, b in runs.slices)
-            assert all(end < start for (_, end), (start, _) in itertools.pairwise(runs.slices))
-            rows = torch.cat([torch.arange(a, b) for a, b in runs.slices])
+            assert all(a < b for a, b in runs.exact.slices)
+            assert all(end < start for (_, end), (start, _) in itertools.pairwise(runs.exact.slices))
+            rows = torch.cat([torch.arange(a, b) for a, b in runs.exact.slices])
             has = index[expert] >= 0
             assert torch.equal(rows, index[expert][has].long().unique())
-            gather = torch.arange(index.shape[1]) if runs.gather is None else runs.gather
+            gather = torch.arange(index.shape[1]) if runs.exact.gather is None else runs.exact.gather
             assert torch.equal(rows[gather][has], index[expert][has].long())
             assert (runs.missing is None) == bool(has.all())
             assert runs.missing is None or torch.equal(runs.missing, ~has)
@@ -190,7 +132,7 @@ class TestExpertRuns:
     def test_channels_already_in_order_need_no_gather(self):
         shared = layout_rows(torch.zeros(3, 10, dtype=torch.int64)).channel_index
         for runs in expert_runs(shared):
-            assert runs.slices == ((0, 10),) and runs.gather is None and runs.missing is None
+            assert runs.exact.slices == ((0, 10),) and runs.exact.gather is None and runs.missing is None
             assert torch.equal(runs.rows, torch.arange(10))
 
 
@@ -217,6 +159,38 @@ class TestProducts:
             counts = tuple((expert, 1) for expert in range(num_experts))
             assert torch.equal(grouped_linear(hidden, weight, some_bias, all_runs, counts), expected)
 
+    @pytest.mark.parametrize("short_gap", [0, 9, 1000])
+    @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("num_tokens", [0, *TOKENS])
+    @torch.no_grad()
+    def test_whole_numbers_are_exact_without_gradients(self, num_tokens, dtype, has_bias, short_gap):
+        """The same on the paths of inference: each choice by the number of tokens, gaps read over or not."""
+        for num_experts in (3, 4, 7):
+            weight, bias, index = random_matrix(num_experts, 101, 40, 0, integers=True)
+            weight, bias = weight.to(dtype), bias.to(dtype) if has_bias else None
+            generator = torch.Generator().manual_seed(1)
+            hidden = torch.randint(-2, 3, (num_experts, num_tokens, 40), generator=generator).to(dtype)
+            expected = reference_linear(hidden, weight, bias, index, torch.arange(num_experts))
+            for expert, runs in enumerate(expert_runs(index, short_gap)):
+                assert torch.equal(run_linear(hidden[expert], weight, bias, runs), expected[expert])
+            rows = rows_linear(hidden, weight, bias, ((0, len(weight)),))
+            assert torch.equal(gather_channels(rows, index, torch.arange(num_experts)), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("num_tokens", TOKENS)
+    @torch.no_grad()
+    def test_one_run_is_bit_equal_to_the_dense_layer(self, num_tokens, dtype):
+        """Two experts: each is one run, whatever they share. (At odd sizes MKL rounds the last rows otherwise.)"""
+        weight, bias, index = random_matrix(2, 128, 320, 3)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        hidden = torch.randn(num_tokens, 320, generator=torch.Generator().manual_seed(4)).to(dtype)
+        for expert, runs in enumerate(expert_runs(index, 100)):
+            rows = index[expert].long()
+            assert len(runs.exact.slices) == 1 and runs.exact.gather is not None
+            dense = F.linear(hidden, weight[rows], bias[rows])
+            assert torch.equal(run_linear(hidden, weight, bias, runs), dense)
+
     @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
     def test_reference_is_each_experts_own_matrix(self, num_experts):
         """The definition, written once more with every expert's dense weight built by hand."""
@@ -228,22 +202,25 @@ class TestProducts:
             dense_bias = torch.stack([bias[row] for row in index[expert].tolist()])
             assert torch.equal(output[expert], F.linear(hidden[expert], dense, dense_bias))
 
+    @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+    @pytest.mark.parametrize("num_tokens", TOKENS)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("width", [63, 100, 2000])
-    @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
-    def test_error_is_at_most_twice_the_plain_products(self, num_experts, width, dtype):
-        """Both against float64 on the same inputs."""
-        weight, bias, index = random_matrix(num_experts, 100, width, 4)
-        weight, bias = weight.to(dtype), bias.to(dtype)
-        hidden = torch.randn(num_experts, 7, width, generator=torch.Generator().manual_seed(5)).to(dtype)
-        experts = torch.arange(num_experts)
-        exact = reference_linear(hidden.double(), weight.double(), bias.double(), index, experts)
-        plain = (reference_linear(hidden, weight, bias, index, experts) - exact).abs().max()
-        all_runs = expert_runs(index)
-        by_runs = torch.stack([run_linear(row, weight, bias, all_runs[e]) for e, row in enumerate(hidden)])
-        all_rows = gather_channels(F.linear(hidden, weight, bias), index, experts)
-        assert (by_runs - exact).abs().max() <= 2 * plain
-        assert (all_rows - exact).abs().max() <= 2 * plain
+    def test_error_is_at_most_twice_the_plain_products(self, width, dtype, num_tokens, gradients):
+        """Both against float64; the plain product with its own error for one token and for many."""
+        for num_experts in (3, 4):
+            weight, bias, index = random_matrix(num_experts, 100, width, 4)
+            weight, bias = weight.to(dtype), bias.to(dtype)
+            hidden = torch.randn(num_experts, num_tokens, width, generator=torch.Generator().manual_seed(5)).to(dtype)
+            experts = torch.arange(num_experts)
+            exact = reference_linear(hidden.double(), weight.double(), bias.double(), index, experts)
+            plain = plain_error(weight, bias, index, dtype)
+            all_runs = expert_runs(index, 5)
+            with torch.set_grad_enabled(gradients):
+                by_runs = torch.stack([run_linear(row, weight, bias, all_runs[e]) for e, row in enumerate(hidden)])
+                rows = rows_linear(hidden, weight, bias, ((0, len(weight)),))
+            assert (by_runs - exact).abs().max() <= 2 * plain
+            assert (gather_channels(rows, index, experts) - exact).abs().max() <= 2 * plain
 
     @pytest.mark.parametrize("num_experts", NUM_EXPERTS)
     def test_gradients(self, num_experts):
@@ -289,6 +266,38 @@ class TestProducts:
         expected = reference_linear(hidden, weight, bias, index, torch.tensor([4, 4, 4, 0, 2, 2]))
         counts = ((4, 3), (0, 1), (2, 2))
         assert torch.equal(grouped_linear(hidden, weight, bias, expert_runs(index), counts), expected)
+
+
+class TestWithoutOnednn:
+    def test_switches_off_and_on_again(self):
+        assert torch.backends.mkldnn.enabled
+        with pytest.raises(KeyError), without_onednn():
+            assert not torch.backends.mkldnn.enabled
+            raise KeyError
+        assert torch.backends.mkldnn.enabled
+
+    def test_leaves_what_was_off(self):
+        torch.backends.mkldnn.enabled = False
+        try:
+            with without_onednn():
+                assert not torch.backends.mkldnn.enabled
+            assert not torch.backends.mkldnn.enabled
+        finally:
+            torch.backends.mkldnn.enabled = True
+
+    @pytest.mark.parametrize("daemon", [False, True])
+    def test_not_beside_other_threads(self, daemon):
+        """A worker could be multiplying; a daemon such as a progress bar's monitor is not."""
+        done = threading.Event()
+        worker = threading.Thread(target=done.wait, daemon=daemon)
+        worker.start()
+        try:
+            with without_onednn():
+                assert torch.backends.mkldnn.enabled == (not daemon)
+        finally:
+            done.set()
+            worker.join()
+        assert torch.backends.mkldnn.enabled
 
 
 class TestGatherChannels:
