@@ -3,8 +3,8 @@
     python hub_examples/benchmark_gpu.py
 
 Random weights in bfloat16, Llama-2-7B's shape, N = 4 experts, K = 2 random groups per channel. Contenders take turns
-within every repetition; medians are reported. Tables, then one line of JSON with hardware and versions. Needs
-48 GB of free GPU memory and as many minutes as it takes to fill it with random weights.
+within every repetition and decoded token; medians are reported. Tables, then one line of JSON with hardware and
+versions. Needs 48 GB of free GPU memory and as many minutes as it takes to fill it with random weights.
 
 - linear layers: all matrix products of one decode step, replayed as a CUDA graph, so that no Python is timed. Beside
   the times stands the ceiling: the bytes of the rows that the batch touches over the measured memory bandwidth.
@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 import transformers
-from benchmark_inference import bandwidth, base_config, dense_model, merged_model, run, take_turns
+from benchmark_inference import bandwidth, base_config, dense_model, measure, merged_model, with_experts
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -144,23 +144,11 @@ def model_speeds(
     """Per contender: tokens per second of the whole model, eagerly; the long prompt only at batch 1."""
     index = torch.arange(batch, device=device) % merged.config.num_experts
 
-    def one_expert(*args, **kwargs):
-        return merged(*args, expert_index=1, **kwargs)
-
-    def mixed_batch(*args, **kwargs):
-        return merged(*args, expert_index=index, **kwargs)
-
-    forwards = {"dense": dense, "one expert": one_expert}
+    contenders = {"dense": [(dense, batch)], "one expert": [(with_experts(merged, 1), batch)]}
     if batch > 1:
-        forwards["mixed"] = mixed_batch
+        contenders["mixed"] = [(with_experts(merged, index), batch)]
     prompt = LONG_PROMPT if batch == 1 else PROMPT
-    speeds = take_turns(
-        {
-            name: lambda forward=forward: run(forward, config, batch, prompt, NEW_TOKENS, device)
-            for name, forward in forwards.items()
-        },
-        repetitions,
-    )
+    speeds = measure(contenders, config, prompt, NEW_TOKENS, repetitions, device)
     return {
         name: {"prompt": prompt, "prefill": speed.prefill, "decode": speed.decode} for name, speed in speeds.items()
     }

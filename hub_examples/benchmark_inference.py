@@ -2,14 +2,19 @@
 
     make bench
 
-runs the CPU set. For each shape, random weights: the merged model (N = 4 experts, K = 2 random groups per channel) and
-the dense base are built once; contenders take turns within every repetition, so that drift of the machine hits all of
-them; medians are reported. A table, then one line of JSON.
+For each shape, with random weights, the merged model (N = 4 experts, K = 2 random groups per channel) and its
+contenders are built once. They take turns within every repetition and every decoded token, so that drift of the
+machine hits all alike; medians are reported. A table for each section, then one line of JSON.
 
-- one expert: every expert in turn against the dense base; prefill of the prompt, then decoding token by token.
-- mixed batch: the batch spread over all experts against (a) N dense models, each run on its own rows, (b) one dense
-  model on the whole batch, (c) the base with one LoRA adapter (rank 16) per expert and `adapter_names`.
-- ceiling: weight bytes that a decode step must read over the memory bandwidth measured by summing a large tensor.
+- one: every expert in turn against the dense base; prefill of the prompt, then decoding token by token. PyTorch's own
+  bfloat16 product, which the merged model uses for single tokens, is timed in the dense model, too ("native").
+- mixed: a batch spread over all experts against (a) N dense models, each run on its own rows, (b) one dense model on
+  the whole batch, (c) the base with one LoRA adapter (rank 16) per expert and `adapter_names`.
+- serving: switching experts, memory, load time, routing.
+- experts: runs, memory and speed against the number of experts.
+
+The ceiling is the memory bandwidth, measured by summing a large tensor, over the weight bytes that a decode step
+reads.
 """
 
 import argparse
@@ -19,29 +24,32 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
+from conversion.row_layout import layout_rows
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
-from modeling_channel_merged.channel_merged_layers import find_modules
-from modeling_channel_merged.channel_ops import layout_rows
+from modeling_channel_merged.channel_merged_layers import ChannelMergedLinear, find_modules
 
 SHAPES = {
     "322M": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "num_attention_heads": 16},
     "0.5B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16},
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-PROMPT, VOCABULARY = 512, 32000
+VOCABULARY = 32000
 
 Forward = Callable[..., object]
+Parts = list[tuple[Forward, int]]  # models that run one after the other, each on so many rows of the batch
 
 
 @dataclass(frozen=True)
@@ -102,35 +110,64 @@ def synchronize(device: str):
         torch.accelerator.synchronize()
 
 
+class Session:
+    """One contender: its parts, each with a cache of its own."""
+
+    def __init__(self, parts: Parts, config: LlamaConfig, prompt: int, device: str):
+        self.parts, self.config, self.device = parts, config, device
+        self.prompts = [torch.randint(0, config.vocab_size, (batch, prompt), device=device) for _, batch in parts]
+        self.tokens, self.caches = [], []
+
+    def prefill(self, prompts: list[torch.Tensor] | None = None) -> float:
+        """Seconds to fill fresh caches with the prompts."""
+        self.caches = [DynamicCache(config=self.config) for _ in self.parts]
+        return self._run(self.prompts if prompts is None else prompts)
+
+    def warm_up(self):
+        """A few tokens on every path, thrown away."""
+        self.prefill([prompt[:, :4] for prompt in self.prompts])
+        self.step()
+
+    def step(self) -> float:
+        """Seconds to decode one token of every row."""
+        return self._run(self.tokens)
+
+    def _run(self, inputs: list[torch.Tensor]) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.tokens = [
+            forward(tokens, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            for (forward, _), tokens, cache in zip(self.parts, inputs, self.caches, strict=True)
+        ]
+        synchronize(self.device)
+        return time.perf_counter() - start
+
+
 @torch.inference_mode()
-def run(forward: Forward, config: LlamaConfig, batch: int, prompt: int, new_tokens: int, device: str) -> Speed:
-    """Prefill a prompt, then decode greedily token by token."""
-    input_ids = torch.randint(0, VOCABULARY, (batch, prompt), device=device)
-    cache = DynamicCache(config=config)
-    synchronize(device)
-    start = time.perf_counter()
-    logits = forward(input_ids, past_key_values=cache, logits_to_keep=1).logits
-    token = logits[:, -1:].argmax(-1)
-    synchronize(device)
-    middle = time.perf_counter()
-    for _ in range(new_tokens):
-        token = forward(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    synchronize(device)
-    end = time.perf_counter()
-    return Speed(batch * prompt / (middle - start), batch * new_tokens / (end - middle))
-
-
-def take_turns(contenders: dict[str, Callable[[], Speed]], repetitions: int) -> dict[str, Speed]:
-    """Median speeds; every repetition runs each contender once, after one round of warm-up."""
-    for contender in contenders.values():
-        contender()
-    speeds: dict[str, list[Speed]] = {name: [] for name in contenders}
-    for _ in range(repetitions):
-        for name, contender in contenders.items():
-            speeds[name].append(contender())
+def measure(
+    contenders: dict[str, Parts], config: LlamaConfig, prompt: int, new_tokens: int, repetitions: int, device: str
+) -> dict[str, Speed]:
+    """Median speeds of contenders that take turns."""
+    sessions = {name: Session(parts, config, prompt, device) for name, parts in contenders.items()}
+    for session in sessions.values():
+        session.warm_up()
+    prefill = {name: [] for name in sessions}
+    decode = {name: [] for name in sessions}
+    with tqdm(total=repetitions + new_tokens, desc=", ".join(sessions), leave=False) as progress:
+        for _ in range(repetitions):
+            for name, session in sessions.items():
+                prefill[name].append(session.prefill())
+            progress.update()
+        for _ in range(new_tokens):
+            for name, session in sessions.items():
+                decode[name].append(session.step())
+            progress.update()
+    batch = {name: sum(rows for _, rows in parts) for name, parts in contenders.items()}
     return {
-        name: Speed(statistics.median(s.prefill for s in values), statistics.median(s.decode for s in values))
-        for name, values in speeds.items()
+        name: Speed(
+            batch[name] * prompt / statistics.median(prefill[name]), batch[name] / statistics.median(decode[name])
+        )
+        for name in sessions
     }
 
 
@@ -153,47 +190,78 @@ def decode_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters() if p is not embedding)
 
 
-def one_expert(
-    shape: str,
-    dtype: torch.dtype,
-    batches: list[int],
-    new_tokens: int,
-    repetitions: int,
-    device: str,
-    num_experts: int,
-) -> list[dict]:
+def with_experts(merged: ChannelMergedForCausalLM, expert_index: int | torch.Tensor) -> Forward:
+    return lambda *args, **kwargs: merged(*args, expert_index=expert_index, **kwargs)
+
+
+def without_onednn(model: nn.Module) -> Forward:
+    """The model as it runs with oneDNN switched off, for single tokens; for many tokens as it is."""
+
+    def forward(input_ids: torch.Tensor, **kwargs):
+        torch.backends.mkldnn.enabled = input_ids.shape[1] > 1
+        try:
+            return model(input_ids, **kwargs)
+        finally:
+            torch.backends.mkldnn.enabled = True
+
+    return forward
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all sections need to know."""
+
+    shape: str
+    dtype: torch.dtype
+    prompt: int
+    new_tokens: int
+    repetitions: int
+    device: str
+    num_experts: int
+
+    @property
+    def labels(self) -> dict[str, str]:
+        return {"shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def measure(self, contenders: dict[str, Parts]) -> dict[str, Speed]:
+        config = base_config(self.shape)
+        return measure(contenders, config, self.prompt, self.new_tokens, self.repetitions, self.device)
+
+    def dense(self) -> nn.Module:
+        return dense_model(base_config(self.shape), self.dtype, self.device)
+
+    def merged(self, num_experts: int | None = None) -> ChannelMergedForCausalLM:
+        experts = self.num_experts if num_experts is None else num_experts
+        return merged_model(base_config(self.shape), experts, 2, self.dtype, self.device)
+
+
+def one_expert(setting: Setting, batches: list[int]) -> Iterator[dict]:
     """Every expert alone against the dense base."""
-    config = base_config(shape)
-    dense, merged = dense_model(config, dtype, device), merged_model(config, num_experts, 2, dtype, device)
-    ceiling = bandwidth(device) / decode_bytes(dense)
-    results = []
+    dense, merged = setting.dense(), setting.merged()
+    ceiling = bandwidth(setting.device) / decode_bytes(dense)
     for batch in batches:
-
-        def contender(forward: Forward, batch: int = batch) -> Callable[[], Speed]:
-            return lambda: run(forward, config, batch, PROMPT, new_tokens, device)
-
-        contenders = {"dense": contender(dense)}
-        for expert in range(num_experts):
-            contenders[f"expert {expert}"] = contender(
-                lambda *args, expert=expert, **kwargs: merged(*args, expert_index=expert, **kwargs)
-            )
-        speeds = take_turns(contenders, repetitions)
-        experts = [speeds[f"expert {expert}"] for expert in range(num_experts)]
-        results.append(
-            {
-                "shape": shape,
-                "dtype": str(dtype).removeprefix("torch."),
-                "batch": batch,
-                "dense_prefill": speeds["dense"].prefill,
-                "dense_decode": speeds["dense"].decode,
-                "decode_ceiling": ceiling * batch,
-                "prefill_ratio": statistics.mean(s.prefill for s in experts) / speeds["dense"].prefill,
-                "decode_ratio": statistics.mean(s.decode for s in experts) / speeds["dense"].decode,
-                "prefill_ratios": [s.prefill / speeds["dense"].prefill for s in experts],
-                "decode_ratios": [s.decode / speeds["dense"].decode for s in experts],
-            }
-        )
-    return results
+        contenders = {"dense": [(dense, batch)]}
+        for expert in range(setting.num_experts):
+            contenders[f"expert {expert}"] = [(with_experts(merged, expert), batch)]
+        native = setting.dtype == torch.bfloat16 and batch == 1 and setting.device == "cpu"
+        if native:
+            contenders["native"] = [(without_onednn(dense), batch)]
+        speeds = setting.measure(contenders)
+        base, experts = speeds["dense"], [speeds[f"expert {expert}"] for expert in range(setting.num_experts)]
+        prefill, decode = ([getattr(s, kind) / getattr(base, kind) for s in experts] for kind in ("prefill", "decode"))
+        yield {
+            **setting.labels,
+            "batch": batch,
+            "dense prefill": base.prefill,
+            "dense decode": base.decode,
+            "ceiling": ceiling * batch,
+            "prefill ratio": statistics.mean(prefill),
+            "decode ratio": statistics.mean(decode),
+            "worst decode": min(decode),
+            "native decode": speeds["native"].decode / base.decode if native else None,
+            "prefill ratios": prefill,
+            "decode ratios": decode,
+        }
 
 
 def lora_model(dense: nn.Module, num_experts: int, rank: int = 16) -> nn.Module:
@@ -207,60 +275,28 @@ def lora_model(dense: nn.Module, num_experts: int, rank: int = 16) -> nn.Module:
     return model.eval()
 
 
-def mixed_batch(
-    shape: str,
-    dtype: torch.dtype,
-    batches: list[int],
-    new_tokens: int,
-    repetitions: int,
-    device: str,
-    num_experts: int,
-) -> list[dict]:
+def mixed_batch(setting: Setting, batches: list[int]) -> Iterator[dict]:
     """A batch spread evenly over all experts.
 
     The N dense models share one set of weights: they run one after the other, their speed is the same, and N sets
     would not fit the small machines that this runs on.
     """
-    config = base_config(shape)
-    dense, merged = dense_model(config, dtype, device), merged_model(config, num_experts, 2, dtype, device)
-    adapted = lora_model(dense_model(config, dtype, device), num_experts)
-    results = []
+    dense, merged, adapted = setting.dense(), setting.merged(), lora_model(setting.dense(), setting.num_experts)
     for batch in batches:
-        rows = batch // num_experts
-        experts = [row % num_experts for row in range(batch)]
-        expert_index = torch.tensor(experts, device=device)
+        experts = [row % setting.num_experts for row in range(batch)]
         adapters = [f"expert_{expert}" for expert in experts]
-
-        def merged_run(batch: int = batch, expert_index: torch.Tensor = expert_index) -> Speed:
-            return run(
-                lambda *args, **kwargs: merged(*args, expert_index=expert_index, **kwargs),
-                config, batch, PROMPT, new_tokens, device,
-            )  # fmt: skip
-
-        def dense_each(rows: int = rows) -> Speed:
-            speeds = [run(dense, config, rows, PROMPT, new_tokens, device) for _ in range(num_experts)]
-            # N models one after the other: the times add up, so the speed of the whole batch is one model's mean.
-            return Speed(
-                num_experts / sum(1 / s.prefill for s in speeds), num_experts / sum(1 / s.decode for s in speeds)
-            )
-
         contenders = {
-            "merged": merged_run,
-            "dense each": dense_each,
-            "dense whole": lambda batch=batch: run(dense, config, batch, PROMPT, new_tokens, device),
-            "LoRA": lambda batch=batch, adapters=adapters: run(
-                lambda *args, **kwargs: adapted(*args, adapter_names=adapters, **kwargs),
-                config, batch, PROMPT, new_tokens, device,
-            ),
-        }  # fmt: skip
-        speeds = take_turns(contenders, repetitions)
-        result = {"shape": shape, "dtype": str(dtype).removeprefix("torch."), "batch": batch}
+            "merged": [(with_experts(merged, torch.tensor(experts, device=setting.device)), batch)],
+            "dense each": [(dense, batch // setting.num_experts)] * setting.num_experts,
+            "dense whole": [(dense, batch)],
+            "LoRA": [(lambda *args, names=adapters, **kwargs: adapted(*args, adapter_names=names, **kwargs), batch)],
+        }
+        speeds = setting.measure(contenders)
+        result = {**setting.labels, "batch": batch}
         for name in ("dense each", "dense whole", "LoRA"):
-            key = name.replace(" ", "_").lower()
-            result[f"prefill_vs_{key}"] = speeds["merged"].prefill / speeds[name].prefill
-            result[f"decode_vs_{key}"] = speeds["merged"].decode / speeds[name].decode
-        results.append(result)
-    return results
+            result[f"prefill / {name}"] = speeds["merged"].prefill / speeds[name].prefill
+            result[f"decode / {name}"] = speeds["merged"].decode / speeds[name].decode
+        yield result
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -268,85 +304,100 @@ def model_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def serving(shape: str, dtype: torch.dtype, new_tokens: int, repetitions: int, device: str, num_experts: int) -> dict:
-    """What switching, memory and routing cost."""
-    config = base_config(shape)
-    dense, merged = dense_model(config, dtype, device), merged_model(config, num_experts, 2, dtype, device)
-    stored = sum(p.numel() for name, p in merged.named_parameters() if not name.startswith("router"))
-    separate = num_experts * sum(p.numel() for p in dense.parameters())
-    input_ids = torch.randint(0, VOCABULARY, (1, PROMPT), device=device)
-    route, answer, steady, switched = [], [], [], []
-    with torch.inference_mode():
-        for _ in range(repetitions + 1):
+def load_seconds(model: nn.Module) -> float:
+    """Seconds to load a model from files in the page cache, the faster of two times."""
+    times = []
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for _ in range(2):
             start = time.perf_counter()
-            merged.route(input_ids)
-            synchronize(device)
-            route.append(time.perf_counter() - start)
-            speed = run(
-                lambda *args, **kwargs: merged(*args, expert_index=0, **kwargs), config, 1, PROMPT, new_tokens, device
-            )
-            answer.append(PROMPT / speed.prefill + new_tokens / speed.decode)
-            for expert in range(num_experts):
-                for times in (switched, steady):  # the first token after a switch, then one more of the same expert
-                    start = time.perf_counter()
-                    merged(input_ids[:, :1], expert_index=expert, use_cache=False)
-                    synchronize(device)
-                    times.append(time.perf_counter() - start)
-    return {
-        "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
-        "stored_share": stored / separate,
-        "memory_share": model_bytes(merged) / (num_experts * model_bytes(dense)),
-        "routing_share": statistics.median(route) / (statistics.median(route) + statistics.median(answer)),
-        "router_layers": merged.config.router["layers"],
-        "switch_ms": 1e3 * (statistics.median(switched) - statistics.median(steady)),
+            type(model).from_pretrained(folder)
+            times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@torch.inference_mode()
+def serving(setting: Setting) -> Iterator[dict]:
+    """What switching, memory, loading and routing cost."""
+    config, device = base_config(setting.shape), setting.device
+    dense, merged = setting.dense(), setting.merged()
+    stored = sum(p.numel() for name, p in merged.named_parameters() if not name.startswith("router"))
+    separate = setting.num_experts * sum(p.numel() for p in dense.parameters())
+    session = Session([(with_experts(merged, 0), 1)], config, setting.prompt, device)
+    session.warm_up()
+    route, prefill, steady, switched = [], [], [], []
+    for _ in range(setting.repetitions):
+        start = time.perf_counter()
+        merged.route(session.prompts[0])
+        synchronize(device)
+        route.append(time.perf_counter() - start)
+        prefill.append(session.prefill())
+    step = [session.step() for _ in range(setting.new_tokens)]
+    token = session.prompts[0][:, :1]
+    for _ in range(5):
+        for expert in range(setting.num_experts):
+            for times in (switched, steady):  # the first token after a switch, then one more of the same expert
+                start = time.perf_counter()
+                merged(token, expert_index=expert, use_cache=False)
+                synchronize(device)
+                times.append(time.perf_counter() - start)
+    answer = statistics.median(prefill) + 64 * statistics.median(step)
+    yield {
+        **setting.labels,
+        "stored share": stored / separate,
+        "memory share": model_bytes(merged) / (setting.num_experts * model_bytes(dense)),
+        "load time per byte / dense": (load_seconds(merged) / model_bytes(merged))
+        / (load_seconds(dense) / model_bytes(dense)),
+        "router layers": merged.config.router["layers"],
+        "routing / answer": statistics.median(route) / answer,
+        "switch ms": 1e3 * (statistics.median(switched) - statistics.median(steady)),
+        "token ms": 1e3 * statistics.median(steady),
     }
 
 
-def by_number_of_experts(shape: str, dtype: torch.dtype, new_tokens: int, repetitions: int, device: str) -> list[dict]:
-    """Cost of one expert against the number of experts, K = 2."""
-    config = base_config(shape)
-    dense, results = dense_model(config, dtype, device), []
+def by_number_of_experts(setting: Setting) -> Iterator[dict]:
+    """Cost of one expert against the number of experts."""
+    dense = setting.dense()
     for num_experts in (2, 4, 8, 16):
-        merged = merged_model(config, num_experts, 2, dtype, device)
-        maps = [m for m in merged.channel_modules().values() if hasattr(m, "derived")]
-        contenders = {
-            "dense": lambda: run(dense, config, 1, PROMPT, new_tokens, device),
-            "merged": lambda merged=merged, last=num_experts // 2: run(
-                lambda *args, **kwargs: merged(*args, expert_index=last, **kwargs),
-                config, 1, PROMPT, new_tokens, device,
-            ),
-        }  # fmt: skip
-        speeds = take_turns(contenders, repetitions)
-        runs = [len(expert.slices) for module in maps for expert in module.derived.runs]
-        results.append(
-            {
-                "shape": shape,
-                "dtype": str(dtype).removeprefix("torch."),
-                "experts": num_experts,
-                "mean_runs": statistics.mean(runs),
-                "memory_share": model_bytes(merged) / (num_experts * model_bytes(dense)),
-                "prefill_ratio": speeds["merged"].prefill / speeds["dense"].prefill,
-                "decode_ratio": speeds["merged"].decode / speeds["dense"].decode,
-            }
-        )
-    return results
+        merged = setting.merged(num_experts)
+        speeds = setting.measure({"dense": [(dense, 1)], "merged": [(with_experts(merged, num_experts // 2), 1)]})
+        runs = [
+            len(expert.exact.slices)
+            for module in merged.channel_modules().values()
+            if isinstance(module, ChannelMergedLinear)
+            for expert in module.derived.runs
+        ]
+        yield {
+            **setting.labels,
+            "experts": num_experts,
+            "mean runs": statistics.mean(runs),
+            "memory share": model_bytes(merged) / (num_experts * model_bytes(dense)),
+            "memory / dense": model_bytes(merged) / model_bytes(dense),
+            "prefill ratio": speeds["merged"].prefill / speeds["dense"].prefill,
+            "decode ratio": speeds["merged"].decode / speeds["dense"].decode,
+        }
+        del merged
 
 
-SECTIONS = {
+TITLES = {
     "one": "One expert against one dense model",
     "mixed": "Mixed batches",
-    "serving": "Switching, memory, routing",
+    "serving": "Switching, memory, loading, routing",
     "experts": "Number of experts",
 }
+
+
+def cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def table(title: str, results: list[dict]) -> Table:
     columns = [key for key, value in results[0].items() if not isinstance(value, list)]
     drawn = Table(*columns, title=title)
     for result in results:
-        values = (result[key] for key in columns)
-        drawn.add_row(*(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values))
+        drawn.add_row(*(cell(result[key]) for key in columns))
     return drawn
 
 
@@ -366,37 +417,37 @@ def environment(device: str) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default="one,mixed,serving,experts", help="any of these, comma-separated")
-    parser.add_argument("--shapes", default="322M,0.5B", help=f"any of {','.join(SHAPES)}")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--batches", default="1,8", help="batch sizes of one expert")
-    parser.add_argument("--mixed-batches", default="8,32")
+    parser.add_argument("--sections", nargs="+", default=list(TITLES), choices=list(TITLES))
+    parser.add_argument("--shapes", nargs="+", default=["322M", "0.5B"], choices=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes of one expert")
+    parser.add_argument("--mixed-batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--num-experts", type=int, default=4)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    shapes, batches = args.shapes.split(","), [int(batch) for batch in args.batches.split(",")]
-    mixed_batches = [int(batch) for batch in args.mixed_batches.split(",")]
-    dtypes = [getattr(torch, name) for name in args.dtypes.split(",")]
-    common = (args.new_tokens, args.repetitions, args.device)
-    console, report = Console(), {**environment(args.device), "bandwidth_gb_s": bandwidth(args.device) / 1e9}
-    for section in args.sections.split(","):
-        results = []
-        for shape, dtype in itertools.product(shapes, dtypes):
-            if section == "one":
-                results += one_expert(shape, dtype, batches, *common, args.num_experts)
-            elif section == "mixed":
-                results += mixed_batch(shape, dtype, mixed_batches, *common, args.num_experts)
-            elif section == "serving":
-                results.append(serving(shape, dtype, *common, args.num_experts))
-            elif section == "experts":
-                results += by_number_of_experts(shape, dtype, *common)
-            else:
-                parser.error(f"unknown section {section!r}, expected any of {', '.join(SECTIONS)}")
-        report[section] = results
-        console.print(table(SECTIONS[section], results))
+    sections = {
+        "one": lambda setting: one_expert(setting, args.batches),
+        "mixed": lambda setting: mixed_batch(setting, args.mixed_batches),
+        "serving": serving,
+        "experts": by_number_of_experts,
+    }
+    console = Console(width=200)
+    report = {**environment(args.device), "prompt": args.prompt, "bandwidth_gb_s": bandwidth(args.device) / 1e9}
+    for section in args.sections:
+        report[section] = []
+        for shape, dtype in itertools.product(args.shapes, args.dtypes):
+            setting = Setting(
+                shape, getattr(torch, dtype), args.prompt, args.new_tokens, args.repetitions, args.device,
+                args.num_experts,
+            )  # fmt: skip
+            for result in sections[section](setting):
+                report[section].append(result)
+                console.log(", ".join(f"{key} {cell(value)}" for key, value in result.items() if value is not None))
+        console.print(table(TITLES[section], report[section]))
     print(json.dumps(report))
 
 

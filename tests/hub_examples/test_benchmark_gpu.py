@@ -61,7 +61,6 @@ def test_whole_model(benchmark, config, models, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "PROMPT", 5)
     monkeypatch.setattr(benchmark, "LONG_PROMPT", 7)
     monkeypatch.setattr(benchmark, "NEW_TOKENS", 2)
-    monkeypatch.setattr("benchmark_inference.VOCABULARY", 40)
     results = {str(batch): benchmark.model_speeds(*models, config, batch, 1, "cpu") for batch in (1, 4)}
     assert [list(result) for result in results.values()] == [["dense", "one expert"], ["dense", "one expert", "mixed"]]
     assert results["1"]["dense"]["prompt"] == 7 and results["4"]["mixed"]["decode"] > 0
