@@ -72,7 +72,7 @@ def turn_stretches(sets: list[int]) -> list[int]:
 
 
 def reading_cost(paths: torch.LongTensor, sizes: torch.LongTensor, num_experts: int) -> torch.LongTensor:
-    """What all experts together pay to read their rows along each path, in rows beyond their own.
+    """What the experts pay to read their rows along each path: the sum of their squared costs, so that all pay alike.
 
     A gap inside an expert's rows costs its rows (it is read over), at most an eighth of the matrix (one more product).
 
@@ -93,7 +93,7 @@ def reading_cost(paths: torch.LongTensor, sizes: torch.LongTensor, num_experts: 
         cost += torch.where(reads & began, gap.minimum(call), 0)
         gap = torch.where(reads, 0, gap + size[:, None])
         began |= reads
-    return cost.sum(-1)
+    return (cost**2).sum(-1)
 
 
 def order_owner_sets(owner_sets: torch.LongTensor, sizes: torch.LongTensor, num_experts: int) -> torch.LongTensor:

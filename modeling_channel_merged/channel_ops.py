@@ -180,7 +180,14 @@ def copies_rows(num_tokens: int, hidden_states: torch.Tensor, runs: ExpertRuns) 
 
 def choose(outputs: torch.Tensor, gather: torch.LongTensor | None) -> torch.Tensor:
     """(*, rows) -> (*, O): the outputs at places `gather` (O,), or all as they are."""
-    return outputs if gather is None else outputs.gather(-1, gather.expand(*outputs.shape[:-1], -1))
+    return outputs if gather is None else pick(outputs, gather.expand(*outputs.shape[:-1], -1))
+
+
+def pick(outputs: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
+    """`outputs.gather(-1, index)`; 16-bit floats are moved as integers, which takes half the time on a CPU."""
+    if outputs.element_size() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return outputs.gather(-1, index)
+    return outputs.view(torch.int16).gather(-1, index).view(outputs.dtype)
 
 
 def rows_between(
@@ -315,5 +322,5 @@ def gather_channels(
     index = index.view(index.shape[0], *[1] * (row_outputs.dim() - 2), index.shape[1])
     index = index.expand(*row_outputs.shape[:-1], index.shape[-1])
     if not may_miss:
-        return row_outputs.gather(-1, index)
-    return fill_missing(row_outputs.gather(-1, index.clamp(min=0)), index < 0)
+        return pick(row_outputs, index)
+    return fill_missing(pick(row_outputs, index.clamp(min=0)), index < 0)
