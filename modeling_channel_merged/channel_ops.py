@@ -173,7 +173,7 @@ def copies_rows(num_tokens: int, hidden_states: torch.Tensor, runs: ExpertRuns) 
     """Whether one product with a copy of the expert's rows is the faster way."""
     if len(runs.exact.slices) > MAX_RUNS:
         return num_tokens > FEW_TOKENS
-    if hidden_states.device.type != "cpu" or 4 * num_tokens < hidden_states.shape[-1]:
+    if hidden_states.device.type != "cpu":
         return False
     return num_tokens >= (4 * COPY_MIN_TOKENS if hidden_states.dtype in MKL_DTYPES else COPY_MIN_TOKENS)
 
@@ -205,12 +205,13 @@ def rows_linear(
 ) -> torch.Tensor:
     """Outputs of some slices of the rows, one after the other: (*, I) -> (*, rows), in the strides of the product."""
     num_tokens = hidden_states.shape[:-1].numel()
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    weight_first = not plain and weight_comes_first(num_tokens, hidden_states)
+    if plain or (len(slices) == 1 and not weight_first):
         parts = [F.linear(hidden_states, *rows_between(weight, bias, *edges)) for edges in slices]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     inputs = hidden_states.reshape(num_tokens, hidden_states.shape[-1])
     num_rows = sum(last - first for first, last in slices)
-    weight_first = weight_comes_first(num_tokens, hidden_states)
     outputs = inputs.new_empty((num_rows, num_tokens) if weight_first else (num_tokens, num_rows))
     place = 0
     for first, last in slices:
