@@ -14,6 +14,10 @@ AUTO_MAP = {
 }
 
 POOLINGS = ("mean", "last")
+ROUTER_FEATURES = ("trunk_and_ngrams", "trunk")
+# What every config named that was saved before `features` was a choice; its router reads the trunk alone.
+FIRST_ROUTER_FIELDS = {"layers", "pooling", "trunk_expert", "default_expert", "threshold"}
+CONTEXTS = ("last_user_turn", "conversation")
 
 
 class ChannelMergedConfig(PreTrainedConfig):
@@ -25,9 +29,13 @@ class ChannelMergedConfig(PreTrainedConfig):
         rows: stored rows R of every channel-merged module, by its path in the base architecture. A path that is left
             out has as many rows as channels (all experts share them).
         router: `layers` (decoder blocks that the router's features pass through, at least 1), `pooling` ("mean" over
-            the attention mask or "last" token), `trunk_expert` (the expert whose weights make the features),
-            `default_expert` (answers while the router is untrained or less sure than `threshold`), `threshold`
-            (probability in [0, 1]; 0 always follows the router).
+            the attention mask or "last" token), `features` ("trunk_and_ngrams" also reads the query's token ids,
+            "trunk" the blocks' features alone), `temperature` (probabilities are those of the logits divided by it),
+            `trunk_expert` (the expert whose weights make the features), `default_expert` (answers while the router is
+            untrained or less sure than `threshold`), `threshold` (probability in [0, 1]; 0 always follows the router),
+            `max_tokens` (the router reads the first and the last half of so many tokens of a longer query), `context`
+            (what it reads of a conversation: "last_user_turn" or "conversation", all turns of the user; never system
+            prompts or answers).
         expert_vocabularies: every expert's own vocabulary by its name, where it is whole: `size` ids, which are the
             merged vocabulary's ids in `runs` of [first id, length], and its own `bos_token_id`, `eos_token_id` and
             `pad_token_id`. An export restores it.
@@ -38,6 +46,7 @@ class ChannelMergedConfig(PreTrainedConfig):
     """
 
     model_type = "channel_merged"
+    keys_to_ignore_at_inference = ["past_key_values", "expert_index"]
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
     text_config: dict | PreTrainedConfig | None = None
@@ -61,9 +70,13 @@ class ChannelMergedConfig(PreTrainedConfig):
         self.router = {
             "layers": max(1, self.text_config.num_hidden_layers // 10),
             "pooling": "mean",
+            "features": "trunk" if FIRST_ROUTER_FIELDS <= set(self.router or ()) else "trunk_and_ngrams",
+            "temperature": 1.0,
             "trunk_expert": self.expert_names[0],
             "default_expert": self.expert_names[0],
             "threshold": 0.0,
+            "max_tokens": min(256, getattr(self.text_config, "max_position_embeddings", None) or 256),
+            "context": "last_user_turn",
             **(self.router or {}),
         }
         self.expert_vocabularies = dict(self.expert_vocabularies or {})
@@ -98,6 +111,10 @@ class ChannelMergedConfig(PreTrainedConfig):
             )
         if self.router["pooling"] not in POOLINGS:
             raise ValueError(f"router.pooling is {self.router['pooling']!r}, expected one of {POOLINGS}")
+        if self.router["features"] not in ROUTER_FEATURES:
+            raise ValueError(f"router.features is {self.router['features']!r}, expected one of {ROUTER_FEATURES}")
+        if not (isinstance(self.router["temperature"], int | float) and 0 < self.router["temperature"] < float("inf")):
+            raise ValueError(f"router.temperature is {self.router['temperature']!r}, expected a number above 0")
         for name, vocabulary in self.expert_vocabularies.items():
             end = max((first + length for first, length in vocabulary["runs"]), default=0)
             size = sum(length for _, length in vocabulary["runs"])
@@ -110,6 +127,10 @@ class ChannelMergedConfig(PreTrainedConfig):
             raise ValueError(f"expert_eos_token_ids is of {sorted(self.expert_eos_token_ids)}, expected of {names}")
         if not 0 <= self.router["threshold"] <= 1:
             raise ValueError(f"router.threshold is {self.router['threshold']}, expected a probability in [0, 1]")
+        if not isinstance(max_tokens := self.router["max_tokens"], int) or max_tokens < 1:
+            raise ValueError(f"router.max_tokens is {max_tokens!r}, expected a number of at least 1")
+        if self.router["context"] not in CONTEXTS:
+            raise ValueError(f"router.context is {self.router['context']!r}, expected one of {CONTEXTS}")
 
     @property
     def hidden_size(self) -> int:

@@ -1,8 +1,19 @@
-"""The router: which expert should answer a query, from the trunk expert's features of it."""
+"""The router: which expert should answer a query, from the trunk expert's features of it and from its tokens.
+
+The features of the first blocks say what a query is about where the trunk is large enough to know. The n-grams of its
+token ids, hashed into buckets with one weight for each expert, need no trunk: they are what decides with a small one.
+Both are of unit norm, so neither drowns the other.
+
+Shapes: B queries, T tokens, H hidden size, N experts.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+NGRAM_BUCKETS = 1 << 15
+NO_BUCKET = NGRAM_BUCKETS  # sorts behind all buckets
+MERSENNE_PRIME = (1 << 31) - 1
 
 
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -25,23 +36,94 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor, pooling: str
     return tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
-class ExpertRouter(nn.Module):
-    """Pooled features, normalised, through one linear head in float32; starts at zero, which means untrained."""
+def ngram_buckets(input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.LongTensor:
+    """The buckets of a query's tokens and pairs of neighbouring tokens, each bucket once; padding changes nothing.
 
-    def __init__(self, hidden_size: int, num_experts: int, pooling: str):
+    Args:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), 1 for tokens and 0 for padding on either side.
+
+    Returns:
+        (B, 2T) int64: buckets in rising order, from 0 to NGRAM_BUCKETS - 1, and then NO_BUCKET.
+    """
+    tokens = attention_mask.bool()
+    first, second = input_ids[:, :-1], input_ids[:, 1:]
+    buckets = torch.cat([_hash(input_ids), _hash(first, second + 1)], dim=1)
+    buckets = buckets.masked_fill(~torch.cat([tokens, tokens[:, :-1] & tokens[:, 1:]], dim=1), NO_BUCKET)
+    buckets = F.pad(buckets, (0, 2 * input_ids.shape[1] - buckets.shape[1]), value=NO_BUCKET).sort(-1).values
+    repeated = F.pad(buckets[:, 1:] == buckets[:, :-1], (1, 0))
+    return buckets.masked_fill(repeated, NO_BUCKET).sort(-1).values
+
+
+def _hash(first: torch.LongTensor, second: torch.LongTensor | int = 0) -> torch.LongTensor:
+    """Buckets of token ids or of pairs of them; no product leaves int64 for ids below 2^31."""
+    mixed = (first * 1_000_003 + second * 998_244_353) % MERSENNE_PRIME
+    return mixed * 48_271 % MERSENNE_PRIME % NGRAM_BUCKETS
+
+
+class ExpertRouter(nn.Module):
+    """A linear map of trunk features and n-grams to expert logits, in float32; starts at zero, which means untrained.
+
+    Args:
+        features: "trunk_and_ngrams", or "trunk" for pooled and normalised trunk features alone.
+        max_tokens: longest query in tokens.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, pooling: str, features: str, max_tokens: int):
         super().__init__()
         self.pooling = pooling
+        self.hidden_size = hidden_size
+        self.max_ngrams = 2 * max_tokens
         self.head = nn.Linear(hidden_size, num_experts, dtype=torch.float32)
-        # The model's `_init_weights` says the same: loading on the meta device skips this one.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.ngrams = None
+        if features == "trunk_and_ngrams":
+            self.ngrams = nn.Embedding(NGRAM_BUCKETS, num_experts, dtype=torch.float32)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Back to the untrained start."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def is_trained(self) -> bool:
-        """Whether the head has left its zero start. Synchronises with the device."""
-        return bool(self.head.weight.detach().any())
+        """Whether the weights have left their zero start. Synchronises with the device."""
+        weights = [self.head.weight] if self.ngrams is None else [self.head.weight, self.ngrams.weight]
+        return any(bool(weight.detach().any()) for weight in weights)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, T, H) hidden states and (B, T) attention mask -> (B, N) float32 logits."""
-        features = pool(hidden_states, attention_mask, self.pooling)
-        return self.head(F.layer_norm(features, features.shape[-1:]))
+    def features(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, input_ids: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """What the router reads of a query, in one tensor that training may keep.
+
+        Args:
+            hidden_states: (B, T, H), T at most `max_tokens`.
+            attention_mask: (B, T).
+            input_ids: (B, T); None where only embeddings are known, and then the trunk features alone decide.
+
+        Returns:
+            (B, H) float32 trunk features, followed by 2 * max_tokens columns with the buckets of the n-grams, which
+            float32 holds exactly.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            pooled = pool(hidden_states, attention_mask, self.pooling)
+            trunk = F.layer_norm(pooled, pooled.shape[-1:])
+            if self.ngrams is None:
+                return trunk
+            trunk = trunk / self.hidden_size**0.5
+            if input_ids is None:
+                return F.pad(trunk, (0, self.max_ngrams), value=NO_BUCKET)
+            buckets = ngram_buckets(input_ids, attention_mask)
+            buckets = F.pad(buckets, (0, self.max_ngrams - buckets.shape[1]), value=NO_BUCKET)
+            return torch.cat([trunk, buckets.float()], dim=-1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, F) features -> (B, N) float32 logits."""
+        with torch.autocast(features.device.type, enabled=False):  # a bf16 Trainer would round the logits
+            if self.ngrams is None:
+                return self.head(features)
+            buckets = features[:, self.hidden_size :].long()
+            present = (buckets != NO_BUCKET).float()
+            weights = present / present.sum(-1, keepdim=True).clamp(min=1).sqrt()
+            logits = self.head(features[:, : self.hidden_size])
+            return logits + (self.ngrams(buckets * present.long()) * weights[..., None]).sum(1)

@@ -7,24 +7,24 @@ the router from the features of the first blocks run as the trunk expert (Channe
 """
 
 import inspect
-from contextvars import ContextVar
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .active_experts import ActiveExperts, activate, active_or_none
 from .channel_merged_layers import ChannelIndexed, PerExpert, find_modules, resize_channels, swap_modules
 from .configuration_channel_merged import ChannelMergedConfig
+from .expert_caches import experts_of_cache, remember_experts
 from .expert_router import ExpertRouter
-from .expert_stopping import ExpertEosCriteria
+from .generation_channel_merged import ExpertGenerationMixin
+from .model_outputs import ChannelMergedCausalLMOutput, ChannelMergedModelOutput, RouterOutput
+from .router_inputs import shorten
 
 logger = logging.get_logger(__name__)
 
@@ -42,61 +42,6 @@ MIRRORED_FLAGS = (
 ExpertIndex = str | int | list[str | int] | torch.LongTensor
 
 
-@dataclass
-class RouterOutput(ModelOutput):
-    """Routing of a batch.
-
-    Attributes:
-        logits: (B, N) float32 router logits.
-        expert_index: (B,) int64 expert that answers each query.
-    """
-
-    logits: torch.FloatTensor | None = None
-    expert_index: torch.LongTensor | None = None
-
-
-@dataclass
-class ChannelMergedModelOutput(ModelOutput):
-    """Hidden states of the base architecture, with the routing that chose the experts.
-
-    Attributes:
-        last_hidden_state: (B, T, H).
-        past_key_values: the cache, which remembers the experts that filled it.
-        hidden_states, attentions: as in the base architecture.
-        router_logits: (B, N) float32; None where the experts were given.
-        expert_index: (B,) int64.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: torch.FloatTensor | None = None
-    expert_index: torch.LongTensor | None = None
-
-
-@dataclass
-class ChannelMergedCausalLMOutput(ModelOutput):
-    """Output of `ChannelMergedForCausalLM`.
-
-    Attributes:
-        loss: () language-modelling loss with `labels`, router loss with `expert_labels`.
-        logits: (B, T, V); -inf for tokens outside the vocabulary of the row's expert.
-        past_key_values: the cache, which remembers the experts that filled it.
-        hidden_states, attentions: as in the base architecture.
-        router_logits: (B, N) float32; None where the experts were given.
-        expert_index: (B,) int64.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: torch.FloatTensor | None = None
-    expert_index: torch.LongTensor | None = None
-
-
 class _TrunkDone(Exception):
     """Leaves the forward pass once the router's features are there."""
 
@@ -110,18 +55,6 @@ def _stop_after_trunk(block: nn.Module, args: tuple, output):
         raise _TrunkDone(output[0] if isinstance(output, tuple) else output)
 
 
-@dataclass
-class _CacheExperts:
-    """The experts that filled a cache, kept on the cache object."""
-
-    expert_index: torch.LongTensor
-    active: ActiveExperts
-
-
-# Where `generate` finds the routing that happened inside of it.
-_last_routing: ContextVar[RouterOutput | None] = ContextVar("last_routing", default=None)
-
-
 class ChannelMergedPreTrainedModel(PreTrainedModel):
     """Wraps a base architecture: building, loading, routing, and running it with the experts of a batch."""
 
@@ -130,6 +63,8 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _keep_in_fp32_modules = ["router"]
     _keep_in_fp32_modules_strict = ["router"]
+    # Checkpoints leave it out until the router is trained; it starts at zero.
+    _keys_to_ignore_on_load_missing = [r"^router\.ngrams\.weight$"]
 
     def __init__(self, config: ChannelMergedConfig):
         inner_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.text_config), None)
@@ -139,7 +74,8 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
             setattr(self, flag, getattr(inner_class, flag))
         super().__init__(config)
         self.model = self._build_inner(inner_class._from_config(config.text_config))
-        self.router = ExpertRouter(config.hidden_size, config.num_experts, config.router["pooling"])
+        settings = {key: config.router[key] for key in ("pooling", "features", "max_tokens")}
+        self.router = ExpertRouter(config.hidden_size, config.num_experts, **settings)
         self.decoder_blocks()[config.router["layers"] - 1].register_forward_hook(_stop_after_trunk)
         self.post_init()
 
@@ -156,9 +92,9 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         """The router starts at zero; the base architecture initialises everything else by its own rules."""
-        if module is self.router.head:
-            init.zeros_(module.weight)
-            init.zeros_(module.bias)
+        if module is self.router.head or module is self.router.ngrams:
+            for parameter in module.parameters():
+                init.zeros_(parameter)
         else:
             super()._init_weights(module)
 
@@ -243,9 +179,15 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         return embedding
 
     def freeze_for_router_training(self):
-        """Leave only the router trainable; its loss is `model(input_ids, attention_mask, expert_labels=...)`."""
+        """Leave only the router trainable, for the Trainer or any other loop: `labels` are experts from here on.
+
+        Its loss is `model(input_ids, attention_mask, labels=...)` with (B,) experts, which a dataset holds in a column
+        `label` or `labels`. For PEFT, call this before `get_peft_model`.
+        """
         self.requires_grad_(False)
         self.router.requires_grad_(True)
+        # By it the Trainer counts what a loss is a mean of: all labels, where a language model's first is no target.
+        self.loss_type = "ForSequenceClassification"
 
     def expert_ids(self, expert_index: ExpertIndex, batch_size: int | None, device=None) -> torch.LongTensor:
         """Experts given by name or index, one for all rows or one per row, as a (B,) int64 tensor.
@@ -274,10 +216,32 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        *,
+        top_k: int | None = None,
     ) -> RouterOutput:
-        """Which expert should answer each query: (B, T) token ids, or (B, T, H) embeddings, with their (B, T) mask."""
+        """Which expert should answer each query.
+
+        Of a query longer than `config.router["max_tokens"]`, its first and last tokens are read. A query of padding
+        only, or of no tokens, has zero logits and the default expert.
+
+        Args:
+            input_ids: (B, T) token ids, or `inputs_embeds` (B, T, H); `attention_mask` (B, T), padding on any side.
+            top_k: also return this many most probable experts, at most N.
+
+        Raises:
+            ValueError: top_k is not a number from 1 to N.
+        """
+        num_experts = self.config.num_experts
+        if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= num_experts):
+            raise ValueError(f"top_k is {top_k!r}, expected 1 to {num_experts}, the number of experts")
         # Through __call__, so that the hooks of sharded and offloaded models run.
-        return self(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, router_only=True)
+        routing = self(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, router_only=True
+        )
+        if top_k is not None:
+            probabilities, experts = routing.probabilities.sort(dim=-1, descending=True, stable=True)
+            routing["top_experts"], routing["top_probabilities"] = experts[:, :top_k], probabilities[:, :top_k]
+        return routing
 
     def router_logits(
         self,
@@ -286,9 +250,24 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None,
     ) -> torch.FloatTensor:
         """(B, N) float32 logits, running only the first `config.router["layers"]` blocks as the trunk expert."""
+        return self.router(self.router_features(input_ids, attention_mask, inputs_embeds))
+
+    @torch.no_grad()
+    def router_features(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+    ) -> torch.FloatTensor:
+        """What the router reads of each query: (B, F) float32, on the router's device.
+
+        They come from frozen weights, so training may compute them once and give them to `model.router`.
+        """
         inputs = input_ids if input_ids is not None else inputs_embeds
         if attention_mask is None:
             attention_mask = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
+        max_tokens = self.config.router["max_tokens"]
+        input_ids, attention_mask, inputs_embeds = shorten(input_ids, attention_mask, inputs_embeds, max_tokens)
         decoder = self.model.base_model
         arguments = {"attention_mask": attention_mask, "use_cache": False}
         if "position_ids" in inspect.signature(decoder.forward).parameters:
@@ -297,13 +276,40 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         training = decoder.training
         decoder.eval()  # dropout would blur the features that the router learns from
         try:
-            with activate(trunk), torch.no_grad():
+            with activate(trunk):
                 decoder(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)
         except _TrunkDone as done:
             hidden_states = done.hidden_states
         finally:
             decoder.train(training)
-        return self.router(hidden_states.to(self.router.head.weight.device), attention_mask)
+        device = self.router.head.weight.device
+        input_ids = None if input_ids is None else input_ids.to(device)
+        return self.router.features(hidden_states.to(device), attention_mask.to(device), input_ids)
+
+    def router_loss(
+        self,
+        router_logits: torch.FloatTensor,
+        expert_labels: ExpertIndex,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.FloatTensor:
+        """() cross-entropy of (B, N) logits with the right experts, a mean over the queries.
+
+        Args:
+            num_items_in_batch: what the Trainer divides by instead of B: all queries of accumulated batches.
+        """
+        if num_items_in_batch is not None and self.loss_type == "ForCausalLM":
+            raise ValueError(
+                "the Trainer counts the labels of a language model, one too few for the router: call "
+                "model.freeze_for_router_training() before the Trainer is made"
+            )
+        if not isinstance(expert_labels, torch.Tensor):
+            expert_labels = self.expert_ids(expert_labels, len(router_logits))
+        total = F.cross_entropy(router_logits, expert_labels.to(router_logits.device), reduction="sum")
+        return total / (len(router_logits) if num_items_in_batch is None else num_items_in_batch)
+
+    def router_probabilities(self, router_logits: torch.FloatTensor) -> torch.FloatTensor:
+        """(B, N) logits -> (B, N) float32 probabilities: the one place that knows the router's temperature."""
+        return (router_logits.float() / self.config.router.get("temperature", 1.0)).softmax(-1)
 
     def choose_experts(self, router_logits: torch.FloatTensor) -> torch.LongTensor:
         """(B, N) logits -> (B,) experts; the default expert while untrained or less sure than the threshold."""
@@ -315,12 +321,24 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
                 "Train it with `channel-merge train-router`, or name an expert with `expert_index`."
             )
             return torch.full_like(router_logits[:, 0], default, dtype=torch.int64)
-        probability, experts = router_logits.softmax(-1).max(-1)
-        return experts.where(probability >= self.config.router["threshold"], default)
+        probabilities = self.router_probabilities(router_logits)
+        experts = probabilities.argmax(-1)  # the first of equals
+        return experts.where(probabilities.amax(-1) >= self.config.router["threshold"], default)
 
     def _route(self, input_ids, attention_mask, inputs_embeds) -> RouterOutput:
-        logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
-        return RouterOutput(logits=logits, expert_index=self.choose_experts(logits).to(logits.device))
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs.shape[1] == 0:
+            logits = torch.zeros(len(inputs), self.config.num_experts, device=inputs.device)
+        else:
+            logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
+        if attention_mask is None:
+            has_tokens = torch.full(logits.shape[:1], inputs.shape[1] > 0, device=logits.device)
+        else:
+            has_tokens = (attention_mask != 0).any(-1).to(logits.device)
+        logits = logits.masked_fill(~has_tokens[:, None], 0.0)
+        default = self.config.expert_id(self.config.router["default_expert"])
+        expert_index = self.choose_experts(logits).where(has_tokens, default)
+        return RouterOutput(logits=logits, expert_index=expert_index, probabilities=self.router_probabilities(logits))
 
     def _experts_of_batch(
         self,
@@ -377,18 +395,6 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
                 )
 
 
-def remember_experts(past_key_values: Cache | None, expert_index: torch.LongTensor, active: ActiveExperts):
-    """Keep the experts that filled a cache on it; a compiled step leaves what the eager prefill kept."""
-    if past_key_values is not None and not torch.compiler.is_dynamo_compiling():
-        past_key_values.channel_merged_experts = _CacheExperts(expert_index, active)
-
-
-def experts_of_cache(past_key_values: Cache | None) -> _CacheExperts | None:
-    """The experts that filled a cache; None for no cache or an empty one."""
-    experts = getattr(past_key_values, "channel_merged_experts", None)
-    return experts if experts is not None and past_key_values.get_seq_length() > 0 else None
-
-
 class ChannelMergedModel(ChannelMergedPreTrainedModel):
     """The base architecture without its head: hidden states of the expert that each query is routed to."""
 
@@ -443,13 +449,14 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
         )
 
 
-class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
+class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMixin):
     """N experts of one base causal language model, and the router that picks one per query.
 
     ```python
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     model.generate(**inputs)                        # routes each prompt by itself
     model.generate(**inputs, expert_index="math")   # or an index, a list, or a LongTensor (B,)
+    model.generate(**inputs, **model.router_inputs(tokenizer, messages))   # routes by the last turn of the user
     ```
     """
 
@@ -464,7 +471,6 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         expert_index: ExpertIndex | None = None,
-        expert_labels: ExpertIndex | None = None,
         router_only: bool = False,
         **kwargs,
     ) -> ChannelMergedCausalLMOutput | RouterOutput:
@@ -473,21 +479,23 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T); attention_mask: (B, T); the rest as in the base architecture.
             labels: (B, T) for the language-modelling loss. The choice of an expert has no gradient, so the router does
-                not learn from it.
+                not learn from it. Or (B,), the right experts: as `expert_labels`.
             expert_index: name, index, list of B of them, or (B,) int64 tensor.
+            router_only: return the `RouterOutput` alone.
             expert_labels: (B,) int64 right experts, or their names: returns the router's cross-entropy and logits, and
                 runs only the layers that the router needs.
-            router_only: return the `RouterOutput` alone.
         """
+        # Not a named argument: the Trainer would take it for a second label, and only evaluate where both are given.
+        expert_labels = kwargs.pop("expert_labels", None)
         if router_only:
             return self._route(input_ids, attention_mask, inputs_embeds)
+        if labels is not None and expert_labels is not None:
+            raise ValueError("give labels (language modelling) or expert_labels (router), not both")
+        if labels is not None and labels.dim() == 1:
+            expert_labels = labels
         if expert_labels is not None:
-            if labels is not None:
-                raise ValueError("give labels (language modelling) or expert_labels (router), not both")
             router_logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
-            if not isinstance(expert_labels, torch.Tensor):
-                expert_labels = self.expert_ids(expert_labels, len(router_logits))
-            loss = F.cross_entropy(router_logits, expert_labels.to(router_logits.device))
+            loss = self.router_loss(router_logits, expert_labels, kwargs.get("num_items_in_batch"))
             return ChannelMergedCausalLMOutput(loss=loss, router_logits=router_logits)
         active, expert_index, router_logits = self._experts_of_batch(
             input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
@@ -527,79 +535,6 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, GenerationMixin):
         """Whether the base architecture turns the -inf of a token that an expert does not have into a number."""
         capping = getattr(self.config.text_config, "final_logit_softcapping", None)
         return capping is not None and self.get_output_embeddings().derived.may_miss
-
-    def generate(self, *args, expert_index: ExpertIndex | None = None, **kwargs):
-        """`GenerationMixin.generate`, each prompt answered by one expert.
-
-        Args:
-            expert_index: name, index, list of B of them, or (B,) int64 tensor; None routes each prompt, once.
-
-        Returns:
-            As in Transformers. With `return_dict_in_generate=True` the output also carries `expert_index` (B,) and
-            `router_logits` (B, N; None where the experts were given), per prompt.
-        """
-        if expert_index is not None:
-            # Before the batch is known: a wrong name should not wait for the inputs to be prepared.
-            self.expert_ids(expert_index, None)
-            kwargs["expert_index"] = expert_index
-        token = _last_routing.set(None)
-        try:
-            outputs = super().generate(*args, **kwargs)
-            routing = _last_routing.get()
-        finally:
-            _last_routing.reset(token)
-        if isinstance(outputs, ModelOutput):
-            outputs["expert_index"], outputs["router_logits"] = routing.expert_index, routing.logits
-        return outputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, expert_index=None, **model_kwargs
-    ):
-        """Called once per `generate`, before beams and returned sequences multiply the batch: the place to route."""
-        _, expert_index, router_logits = self._experts_of_batch(
-            # With inputs_embeds, `generate` hands over empty input_ids.
-            None if model_kwargs.get("inputs_embeds") is not None else input_ids,
-            model_kwargs.get("attention_mask"),
-            model_kwargs.get("inputs_embeds"),
-            model_kwargs.get("past_key_values"),
-            expert_index,
-        )
-        _last_routing.set(RouterOutput(logits=router_logits, expert_index=expert_index))
-        return super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, expert_index=expert_index, **model_kwargs
-        )
-
-    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args, **kwargs) -> StoppingCriteriaList:
-        """Where experts end their answers with different tokens, each row stops at those of its own expert.
-
-        That is so as long as `eos_token_id` is that of all experts together, as the checkpoint's generation config
-        has it; any other one stops all rows alike.
-        """
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        ends = self.config.expert_eos_token_ids
-        tokens = generation_config._eos_token_tensor
-        if ends is None or tokens is None or {*tokens.tolist()} != {token for end in ends.values() for token in end}:
-            return criteria
-        expert_index = _last_routing.get().expert_index
-        own = ExpertEosCriteria([ends[name] for name in self.config.expert_names], expert_index)
-        replaced = [own if getattr(criterion, "eos_token_id", None) is tokens else criterion for criterion in criteria]
-        return StoppingCriteriaList(replaced)
-
-    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
-        """A draft model of another class knows no experts."""
-        if assistant_model is not None and not isinstance(assistant_model, ChannelMergedForCausalLM):
-            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "expert_index"}
-        return super()._get_candidate_generator(
-            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
-        )
-
-    def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError(
-            "continuous batching packs queries of different experts into one row, which channel-merged models cannot "
-            "run yet: use generate, or export one expert and serve that"
-        )
-
-    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
 
 __all__ = ["ChannelMergedModel", "ChannelMergedForCausalLM"]

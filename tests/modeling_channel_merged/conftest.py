@@ -57,10 +57,10 @@ def random_model(
     for path, layout in layouts.items():
         model.model.get_submodule(path).channel_index.copy_(layout.channel_index)
     if trained_router:
-        nn.init.normal_(model.router.head.weight, std=3.0)
+        nn.init.normal_(model.router.head.weight, std=20.0)
+        nn.init.zeros_(model.router.head.bias)
     else:
-        nn.init.zeros_(model.router.head.weight)
-    nn.init.zeros_(model.router.head.bias)
+        model.router.reset_parameters()
     return model
 
 

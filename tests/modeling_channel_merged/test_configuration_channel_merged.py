@@ -20,6 +20,11 @@ def make(**kwargs):
         ({"expert_names": ["a", "b"], "router": {"default_expert": "c"}}, "router.default_expert is 'c'"),
         ({"expert_names": ["a", "b"], "router": {"pooling": "max"}}, "router.pooling is 'max'"),
         ({"expert_names": ["a", "b"], "router": {"threshold": 1.5}}, "router.threshold is 1.5"),
+        ({"expert_names": ["a", "b"], "router": {"max_tokens": 0}}, "router.max_tokens is 0, expected a number of"),
+        ({"expert_names": ["a", "b"], "router": {"max_tokens": None}}, "router.max_tokens is None"),
+        ({"expert_names": ["a", "b"], "router": {"context": "all"}}, "router.context is 'all', expected one of"),
+        ({"expert_names": ["a", "b"], "router": {"features": "tokens"}}, "router.features is 'tokens', expected"),
+        ({"expert_names": ["a", "b"], "router": {"temperature": 0}}, "router.temperature is 0, expected"),
         ({"expert_names": ["a", "b"], "format_version": 99}, "format_version is 99"),
         (
             {"expert_names": ["a", "b"], "expert_vocabularies": {"c": {"size": 2, "runs": [[0, 2]]}}},
@@ -49,6 +54,15 @@ def test_round_trip(tmp_path):
     for field in ("expert_names", "num_experts", "rows", "router", "merge", "format_version", "auto_map"):
         assert getattr(loaded, field) == getattr(config, field)
     assert set(loaded.auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_a_router_of_an_older_checkpoint_gets_what_came_later():
+    old = {"layers": 2, "pooling": "last", "trunk_expert": "b", "default_expert": "b", "threshold": 0.3}
+    router = make(expert_names=["a", "b"], router=old).router
+    assert {key: router[key] for key in old} == old
+    assert (router["max_tokens"], router["context"]) == (256, "last_user_turn")
+    assert (router["features"], router["temperature"]) == ("trunk", 1.0)
+    assert make(expert_names=["a", "b"], router={"layers": 2}).router["features"] == "trunk_and_ngrams"
 
 
 def test_vocabularies_survive_a_round_trip(tmp_path):

@@ -1,8 +1,10 @@
 """The whole model: every expert is the dense model it came from, alone and mixed, in forward and in generate."""
 
 import copy
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,11 @@ import torch
 import torch._dynamo.testing
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, Gemma2Config, StaticCache, TextStreamer
+from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, LlamaConfig, StaticCache
 from transformers.utils import logging
 
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM, ChannelMergedModel
+from modeling_channel_merged.active_experts import ActiveExperts, activate
 
 from .conftest import CONFIGS, SIZES, dense_expert, random_model
 
@@ -131,13 +134,15 @@ def test_routing_runs_only_the_layers_that_it_needs(llama_model, prompts):
 
 
 def test_router_features_are_the_trunk_experts(text_config, prompts):
-    """The mean hidden state of the trunk expert's dense model after the router's layers, normalised."""
+    """The mean hidden state of the trunk expert's dense model after the router's layers, normalised to unit norm."""
     model = random_model(text_config, 3)
+    nn.init.zeros_(model.router.ngrams.weight)
     model.config.router["trunk_expert"] = "code"
     dense = dense_expert(model, 2)
     with torch.no_grad():
         hidden_states = dense(prompts, output_hidden_states=True).hidden_states[1]
-        expected = model.router.head(nn.functional.layer_norm(hidden_states.mean(1), hidden_states.shape[-1:]))
+        features = nn.functional.layer_norm(hidden_states.mean(1), hidden_states.shape[-1:]) / 48**0.5
+        expected = model.router.head(features)
     torch.testing.assert_close(model.route(prompts).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -161,7 +166,7 @@ def test_router_loss_and_gradients(llama_model, prompts):
     assert torch.equal(output.loss, nn.functional.cross_entropy(output.router_logits, labels))
     output.loss.backward()
     trained = {name for name, parameter in llama_model.named_parameters() if parameter.grad is not None}
-    assert trained == {"router.head.weight", "router.head.bias"}
+    assert trained == {"router.head.weight", "router.head.bias", "router.ngrams.weight"}
     assert output.logits is None
 
 
@@ -210,104 +215,88 @@ def test_threshold_falls_back_to_the_default_expert(llama_model, prompts):
     assert torch.equal(llama_model.route(prompts).expert_index, expected)
 
 
-# Generation
+def test_top_experts_are_sorted_and_ties_go_to_the_first(llama_model, prompts):
+    with torch.no_grad():
+        llama_model.router.head.weight[2] = llama_model.router.head.weight[0]
+        llama_model.router.ngrams.weight[:, 2] = llama_model.router.ngrams.weight[:, 0]
+    routing = llama_model.route(prompts, top_k=3)
+    plain = llama_model.route(prompts)
+    assert plain.top_experts is None and torch.equal(plain.probabilities, routing.probabilities)
+    assert torch.equal(routing.probabilities, plain.logits.softmax(-1))
+    assert routing.probabilities.dtype == routing.top_probabilities.dtype == torch.float32
+    for row in range(3):
+        expected = sorted(range(3), key=lambda expert: (-routing.probabilities[row, expert].item(), expert))
+        assert routing.top_experts[row].tolist() == expected
+        assert torch.equal(routing.top_probabilities[row], routing.probabilities[row, expected])
+        assert expected.index(0) < expected.index(2)
+    assert torch.equal(routing.top_experts[:, 0], routing.expert_index)
+    two = llama_model.route(prompts, top_k=2)
+    assert torch.equal(two.top_experts, routing.top_experts[:, :2])
+    assert torch.equal(two.top_probabilities, routing.top_probabilities[:, :2])
 
 
-def test_routed_mixed_batch_generates_what_each_prompt_does_alone(text_config, prompts):
+@pytest.mark.parametrize("top_k", [0, 4, -1, 2.0, True], ids=str)
+def test_wrong_top_k(llama_model, prompts, top_k):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}, expected 1 to 3, the number of experts"):
+        llama_model.route(prompts, top_k=top_k)
+
+
+def test_temperature_and_threshold(llama_model, prompts):
+    """The threshold is compared with the probability after the temperature."""
+    llama_model.config.router["default_expert"] = "code"
+    plain = llama_model.route(prompts)
+    llama_model.config.router["temperature"] = 1000.0
+    warm = llama_model.route(prompts)
+    assert torch.equal(warm.logits, plain.logits) and torch.equal(warm.expert_index, plain.expert_index)
+    torch.testing.assert_close(warm.probabilities, (plain.logits / 1000).softmax(-1))
+    llama_model.config.router["threshold"] = 0.6
+    assert warm.probabilities.max() < 0.6 < plain.probabilities.max()
+    assert llama_model.route(prompts).expert_index.tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_queries_without_tokens_go_to_the_default_expert(prompts, pooling):
+    """No columns at all, or padding only: zero logits, equal probabilities, whatever the router learned."""
+    model = random_model(CONFIGS["llama"](), 3)
+    model.router.pooling = pooling
+    nn.init.normal_(model.router.head.bias, std=9.0)
+    model.config.router["default_expert"] = "code"
+    mask = torch.ones_like(prompts)
+    mask[1] = 0
+    for kind in (torch.int64, torch.bool, torch.float32):
+        routing = model.route(prompts, mask.to(kind))
+        assert routing.expert_index[1] == 2 and routing.logits[1].tolist() == [0, 0, 0]
+        torch.testing.assert_close(routing.probabilities[1], torch.full((3,), 1 / 3))
+        torch.testing.assert_close(routing.logits[::2], model.route(prompts[::2]).logits, rtol=1e-4, atol=1e-4)
+    nothing = torch.zeros(2, 0, dtype=torch.int64)
+    for routing in (
+        model.route(nothing),
+        model.route(nothing, nothing),
+        model.route(inputs_embeds=torch.zeros(2, 0, 48)),
+    ):
+        assert routing.expert_index.tolist() == [2, 2] and routing.logits.tolist() == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_routing_reads_the_ends_of_a_long_query(text_config, side):
+    """As many tokens as `max_tokens`, padded on any side, and the same in training."""
     model = random_model(text_config, 3)
-    output = model.generate(prompts, return_dict_in_generate=True, **GREEDY)
-    assert torch.equal(output.expert_index, model.route(prompts).expert_index)
-    assert output.router_logits.shape == (3, 3)
-    for row, expert in enumerate(output.expert_index.tolist()):
-        alone = model.generate(prompts[row : row + 1], expert_index=expert, **GREEDY)
-        dense = dense_expert(model, expert).generate(prompts[row : row + 1], **GREEDY)
-        assert torch.equal(output.sequences[row : row + 1, : alone.shape[1]], alone)
-        assert torch.equal(alone, dense)
-
-
-def test_left_padding_generates_the_same(llama_model, prompts):
-    padded, mask = left_padded(prompts, 4)
-    plain = llama_model.generate(prompts, **GREEDY)
-    assert torch.equal(llama_model.generate(padded, attention_mask=mask, **GREEDY)[:, 4:], plain)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 3},
-        {"num_beams": 2, "num_return_sequences": 2},
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-        {"prefill_chunk_size": 3},
-    ],
-    ids=str,
-)
-def test_generation_modes_follow_the_experts(llama_model, prompts, options):
-    """Each row of a mixed batch gives what the dense model of its expert gives in the same mode."""
-    experts = [2, 0, 1]
-    options = {**GREEDY, **options}
-    output = llama_model.generate(prompts, expert_index=experts, **options)
-    per_prompt = options.get("num_return_sequences", 1)
-    assert len(output) == 3 * per_prompt
-    for row, expert in enumerate(experts):
-        dense = dense_expert(llama_model, expert).generate(prompts[row : row + 1], **options)
-        ours = output[row * per_prompt : (row + 1) * per_prompt]
-        length = min(dense.shape[1], ours.shape[1])
-        assert torch.equal(ours[:, :length], dense[:, :length])
-
-
-def test_sampling_follows_the_expert(llama_model, prompts):
-    dense = dense_expert(llama_model, 1)
-    torch.manual_seed(3)
-    ours = llama_model.generate(prompts, expert_index=1, do_sample=True, num_return_sequences=2, max_new_tokens=6)
-    torch.manual_seed(3)
-    assert torch.equal(ours, dense.generate(prompts, do_sample=True, num_return_sequences=2, max_new_tokens=6))
-
-
-def test_prompt_lookup_and_assisted_generation(llama_model, prompts):
-    expected = llama_model.generate(prompts[:1], expert_index=1, **GREEDY)
-    lookup = llama_model.generate(prompts[:1], expert_index=1, prompt_lookup_num_tokens=2, **GREEDY)
-    draft = dense_expert(llama_model, 0)
-    assisted = llama_model.generate(prompts[:1], expert_index=1, assistant_model=draft, **GREEDY)
-    assert torch.equal(lookup, expected) and torch.equal(assisted, expected)
-
-
-def test_streamer(llama_model, prompts):
-    class Recorder(TextStreamer):
-        def __init__(self):
-            self.tokens = []
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            self.tokens.append("end")
-
-    recorder = Recorder()
-    output = llama_model.generate(prompts[:1], streamer=recorder, **GREEDY)
-    assert recorder.tokens == [*output[0].tolist(), "end"]
-
-
-def test_inputs_embeds(llama_model, prompts):
-    dense = dense_expert(llama_model, 2)
-    embeds = dense.get_input_embeddings()(prompts).detach()
-    ours = llama_model.generate(inputs_embeds=embeds, expert_index=2, **GREEDY)
-    assert torch.equal(ours, dense.generate(inputs_embeds=embeds, **GREEDY))
-    assert llama_model.generate(inputs_embeds=embeds, **GREEDY).shape[0] == 3
-
-
-def test_continuing_from_a_cache_keeps_the_expert(llama_model, prompts):
-    whole = llama_model.generate(prompts, max_new_tokens=10, do_sample=False)
-    first = llama_model.generate(prompts, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-    rest = llama_model.generate(
-        first.sequences,
-        past_key_values=first.past_key_values,
-        max_new_tokens=6,
-        do_sample=False,
-        return_dict_in_generate=True,
+    model.config.router["max_tokens"] = 7
+    long = torch.randint(3, 99, (2, 30), generator=torch.Generator().manual_seed(1))
+    ends = torch.cat([long[:, :4], long[:, -3:]], dim=1)
+    expected = model.route(ends).logits
+    padded, mask = left_padded(long, 5)
+    if side == "right":
+        padded, mask = padded.roll(-5, dims=1), mask.roll(-5, dims=1)
+    torch.testing.assert_close(model.route(long).logits, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.route(padded, mask).logits, expected, rtol=1e-4, atol=1e-4)
+    training = model(padded, attention_mask=mask, expert_labels=torch.tensor([0, 1])).router_logits
+    torch.testing.assert_close(training, expected, rtol=1e-4, atol=1e-4)
+    embeds = model.get_input_embeddings().rows.weight[:30][None]
+    ends = torch.cat([embeds[:, :4], embeds[:, -3:]], dim=1)
+    torch.testing.assert_close(
+        model.route(inputs_embeds=embeds).logits, model.route(inputs_embeds=ends).logits, rtol=1e-4, atol=1e-4
     )
-    assert torch.equal(rest.sequences, whole)
-    assert torch.equal(rest.expert_index, first.expert_index) and rest.router_logits is None
 
 
 def test_forward_loop_keeps_the_expert_of_its_cache(llama_model, prompts):
@@ -318,33 +307,6 @@ def test_forward_loop_keeps_the_expert_of_its_cache(llama_model, prompts):
         whole = llama_model(torch.cat([prompts, token], dim=1), expert_index=first.expert_index)
     assert torch.equal(second.expert_index, first.expert_index)
     torch.testing.assert_close(second.logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
-
-
-def test_cache_of_another_expert_is_an_error(llama_model, prompts):
-    first = llama_model.generate(prompts, expert_index=1, return_dict_in_generate=True, **GREEDY)
-    with pytest.raises(ValueError, match="row 0 asks for expert 'code', but past_key_values was filled by 'math'"):
-        llama_model.generate(first.sequences, past_key_values=first.past_key_values, expert_index=2, **GREEDY)
-
-
-def test_empty_cache_is_routed_afresh(llama_model, prompts):
-    cache = DynamicCache(config=llama_model.config.text_config)
-    output = llama_model.generate(prompts, past_key_values=cache, return_dict_in_generate=True, **GREEDY)
-    assert torch.equal(output.expert_index, llama_model.route(prompts).expert_index)
-
-
-def test_continuous_batching_is_refused(llama_model, prompts):
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        llama_model.generate_batch([prompts[0].tolist()])
-
-
-def test_token_outside_an_experts_vocabulary_is_never_generated(llama_model, prompts):
-    head = llama_model.model.lm_head
-    with torch.no_grad():
-        favourite = llama_model(prompts, expert_index=1).logits[0, -1].argmax()
-        head.channel_index[1, favourite] = -1
-        mixed = llama_model(prompts, expert_index=[1, 0, 1]).logits
-    assert mixed[0, :, favourite].isneginf().all() and mixed[1].isfinite().all()
-    assert favourite not in llama_model.generate(prompts, expert_index=1, **GREEDY)[0, 7:]
 
 
 # Training
@@ -489,9 +451,35 @@ def test_channel_index_out_of_range_is_an_error(llama_model, tmp_path):
 
 def test_checkpoint_without_a_router_loads_untrained(llama_model, tmp_path):
     llama_model.save_pretrained(tmp_path)
-    damage(tmp_path, lambda tensors: [tensors.pop(name) for name in ("router.head.weight", "router.head.bias")])
+    damage(tmp_path, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("router.")])
     loaded = ChannelMergedForCausalLM.from_pretrained(tmp_path)
     assert not loaded.router.is_trained
+
+
+def test_checkpoint_from_before_ngrams_routes_as_it_did(llama_model, prompts, tmp_path):
+    """Its config names no features, and its head reads the layer-normalised trunk features alone."""
+    llama_model.save_pretrained(tmp_path)
+    damage(tmp_path, lambda tensors: tensors.pop("router.ngrams.weight"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("features", "temperature", "max_tokens", "context"):
+        del config["router"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = ChannelMergedForCausalLM.from_pretrained(tmp_path)
+    features = llama_model.router_features(prompts)[:, :48] * 48**0.5
+    assert loaded.config.router["features"] == "trunk" and loaded.router.ngrams is None
+    torch.testing.assert_close(loaded.route(prompts).logits, llama_model.router.head(features))
+
+
+def test_ngrams_follow_the_token_ids_and_survive_saving(llama_model, prompts, tmp_path):
+    nn.init.zeros_(llama_model.router.head.weight)
+    expected = llama_model.route(prompts).logits
+    assert not torch.equal(expected, llama_model.route(prompts.flip(0)).logits)
+    embeddings = llama_model.get_input_embeddings()
+    with activate(ActiveExperts(0)):
+        inputs_embeds = embeddings(prompts)
+    assert llama_model.route(inputs_embeds=inputs_embeds).logits.abs().max() == 0
+    llama_model.save_pretrained(tmp_path)
+    assert torch.equal(ChannelMergedForCausalLM.from_pretrained(tmp_path).route(prompts).logits, expected)
 
 
 def test_copies_and_pickles(llama_model, prompts):
@@ -608,6 +596,24 @@ def test_compiled_whole_one_graph_per_expert_and_one_for_mixed_batches(llama_mod
             output = compiled(prompts, expert_index=expert_index, use_cache=False).logits
             torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     assert graphs.frame_count == 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's own, on its first import
+@pytest.mark.parametrize("expert_index", ["math", torch.tensor([2, 0, 1])], ids=["one", "mixed"])
+@torch.no_grad()
+def test_inductor_decodes_the_same_tokens(prompts, expert_index):
+    model = random_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}), 3)
+
+    def decode(step):
+        cache = StaticCache(config=model.config.text_config, max_cache_len=16)
+        tokens = [model(prompts, past_key_values=cache, expert_index=expert_index).logits[:, -1:].argmax(-1)]
+        for _ in range(5):
+            output = step(tokens[-1], past_key_values=cache, expert_index=expert_index)
+            tokens.append(output.logits[:, -1:].argmax(-1))
+        return torch.cat(tokens, dim=1)
+
+    assert torch.equal(decode(torch.compile(model.forward, fullgraph=True)), decode(model.forward))
 
 
 def test_compiled_decode_with_a_static_cache(llama_model, prompts):

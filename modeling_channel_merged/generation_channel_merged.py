@@ -1,0 +1,204 @@
+"""`generate` of channel-merged models: which expert answers each prompt, and what becomes of a cache of others.
+
+A cache changes what a call costs, never its text: every call routes its prompts, and where other experts than those
+that filled the cache are to answer, the cache is emptied and the whole conversation read anew.
+"""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from .expert_caches import empty_cache, experts_of_cache
+from .expert_stopping import ExpertEosCriteria
+from .model_outputs import RouterOutput
+from .router_inputs import router_messages
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _Call:
+    """What a call of `generate` was told, for the places inside of it that Transformers hands other arguments."""
+
+    router_inputs: dict[str, torch.Tensor] | None = None
+    mask_length: int | None = None  # of the attention mask that the caller gave
+    is_assistant: bool = False
+    routing: RouterOutput | None = None
+
+
+_call: ContextVar[_Call | None] = ContextVar("generate_call", default=None)
+
+
+class ExpertGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model whose prompts are answered by one expert each."""
+
+    def generate(
+        self,
+        *args,
+        expert_index: str | int | list[str | int] | torch.LongTensor | None = None,
+        router_input_ids: torch.LongTensor | None = None,
+        router_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """`GenerationMixin.generate`, each prompt answered by one expert.
+
+        A filled `past_key_values` goes on as it is where the experts that filled it also answer now. Where another one
+        does, in any row, the cache is emptied in place and the prompts, which must then be the whole conversation, are
+        read anew: the text is that of a call without a cache. Given only the new tokens (a longer attention mask), and
+        nothing to choose an expert by, those that filled the cache answer.
+
+        Args:
+            expert_index: name, index, list of B of them, or (B,) int64 tensor; None routes each prompt, once.
+            router_input_ids: (B, S) what the router reads instead of the prompts, such as the last user turn alone.
+            router_attention_mask: (B, S), 1 for tokens and 0 for padding; None: all are tokens.
+
+        Returns:
+            As in Transformers. With `return_dict_in_generate=True` the output also carries, per prompt,
+            `expert_index` (B,), and `router_logits` and `router_probabilities`, (B, N) float32, which are None where
+            the experts were not routed.
+
+        Raises:
+            ValueError: a prompt of no tokens, experts or router inputs that do not fit the batch, or a cache of other
+                experts that cannot be emptied or without the whole conversation.
+        """
+        if router_input_ids is None and router_attention_mask is not None:
+            raise ValueError("router_attention_mask is given without router_input_ids")
+        if router_input_ids is not None and expert_index is not None:
+            raise ValueError("give expert_index or router_input_ids, not both: with the first, nothing is routed")
+        named = (kwargs.get(name) for name in ("inputs_embeds", "input_ids", "inputs"))
+        prompts = next((given for given in (*named, *args[:1]) if given is not None), None)
+        if isinstance(prompts, torch.Tensor) and prompts.dim() > 1 and prompts.shape[1] == 0:
+            raise ValueError(
+                f"the prompts have no tokens: their shape is {tuple(prompts.shape)}, expected one at least, "
+                "such as the one that begins a text (bos_token_id)"
+            )
+        if expert_index is not None:
+            # Before the batch is known: a wrong name should not wait for the inputs to be prepared.
+            self.expert_ids(expert_index, None)
+            kwargs["expert_index"] = expert_index
+        call = _Call()
+        if router_input_ids is not None:
+            call.router_inputs = {"input_ids": router_input_ids, "attention_mask": router_attention_mask}
+        if kwargs.get("attention_mask") is not None:
+            call.mask_length = kwargs["attention_mask"].shape[1]
+        generation_config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        call.is_assistant = bool(getattr(generation_config, "is_assistant", False))
+        token = _call.set(call)
+        try:
+            outputs = super().generate(*args, **kwargs)
+        finally:
+            _call.reset(token)
+        if isinstance(outputs, ModelOutput) and call.routing is not None:
+            outputs["expert_index"] = call.routing.expert_index
+            outputs["router_logits"], outputs["router_probabilities"] = call.routing.logits, call.routing.probabilities
+        return outputs
+
+    def router_inputs(
+        self, tokenizer: PreTrainedTokenizerBase, conversations: list[dict[str, Any]] | list[list[dict[str, Any]]]
+    ) -> dict[str, torch.Tensor]:
+        """`router_input_ids` and `router_attention_mask` for `generate`, by which system prompts decide nothing.
+
+        Args:
+            tokenizer: the checkpoint's; its default chat template is the one that the router was trained with.
+            conversations: B of them, or one, as lists of messages. The router reads the last turn of the user, or all
+                of the user's turns, as `config.router["context"]` says.
+
+        Returns:
+            Both (B, S) int64, on the CPU.
+
+        Raises:
+            ValueError: a conversation without a message of the user.
+        """
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        queries = [router_messages(messages, self.config.router["context"]) for messages in conversations]
+        encoded = tokenizer.apply_chat_template(
+            queries, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        )
+        return {"router_input_ids": encoded["input_ids"], "router_attention_mask": encoded["attention_mask"]}
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, expert_index=None, **model_kwargs
+    ):
+        """Called once per `generate`, before beams and returned sequences multiply the batch: the place to route."""
+        call = _call.get() or _Call()
+        embeds = model_kwargs.get("inputs_embeds")
+        inputs = input_ids if embeds is None else embeds
+        cache = model_kwargs.get("past_key_values")
+        cached = experts_of_cache(cache)
+        whole = embeds is not None or call.mask_length in (None, inputs.shape[1])
+        if expert_index is not None:
+            routing = RouterOutput(expert_index=self.expert_ids(expert_index, inputs.shape[0], inputs.device))
+        elif cached is not None and (call.is_assistant or not (whole or call.router_inputs)):
+            routing = RouterOutput(expert_index=cached.of_prompts(inputs.shape[0], expand_size))
+        elif call.router_inputs:
+            routing = self._route_by(call.router_inputs, inputs)
+        else:
+            # With inputs_embeds, `generate` hands over empty input_ids.
+            routing = self.route(None if embeds is not None else input_ids, model_kwargs.get("attention_mask"), embeds)
+        call.routing = routing
+        if cached is not None and not cached.are(routing.expert_index, expand_size):
+            if not whole:
+                names = [self.config.expert_names[expert] for expert in routing.expert_index.tolist()]
+                raise ValueError(
+                    f"past_key_values was filled by other experts than those that are to answer ({', '.join(names)}), "
+                    "and only the new tokens are given: give the whole conversation as input_ids, for them to read it"
+                )
+            logger.info("Other experts answer than those that filled past_key_values: it is emptied and filled anew.")
+            empty_cache(cache)
+        return super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, expert_index=routing.expert_index, **model_kwargs
+        )
+
+    def _route_by(self, router_inputs: dict[str, torch.Tensor], prompts: torch.Tensor) -> RouterOutput:
+        """Route each of the (B, ...) prompts by the router's own inputs."""
+        input_ids, attention_mask = router_inputs["input_ids"], router_inputs["attention_mask"]
+        if input_ids.dim() != 2 or len(input_ids) != len(prompts):
+            raise ValueError(
+                f"router_input_ids has the shape {tuple(input_ids.shape)}, expected (B, S) for {len(prompts)} prompts"
+            )
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"router_attention_mask has the shape {tuple(attention_mask.shape)}, expected that of "
+                    f"router_input_ids, {tuple(input_ids.shape)}"
+                )
+            attention_mask = attention_mask.to(prompts.device)
+        return self.route(input_ids.to(prompts.device), attention_mask)
+
+    def _get_stopping_criteria(self, generation_config: GenerationConfig, *args, **kwargs) -> StoppingCriteriaList:
+        """Where experts end their answers with different tokens, each row stops at those of its own expert.
+
+        That is so as long as `eos_token_id` is that of all experts together, as the checkpoint's generation config
+        has it; any other one stops all rows alike.
+        """
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        ends = self.config.expert_eos_token_ids
+        tokens = generation_config._eos_token_tensor
+        if ends is None or tokens is None or {*tokens.tolist()} != {token for end in ends.values() for token in end}:
+            return criteria
+        expert_index = _call.get().routing.expert_index
+        own = ExpertEosCriteria([ends[name] for name in self.config.expert_names], expert_index)
+        replaced = [own if getattr(criterion, "eos_token_id", None) is tokens else criterion for criterion in criteria]
+        return StoppingCriteriaList(replaced)
+
+    def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
+        """A draft model of another class knows no experts."""
+        if assistant_model is not None and not isinstance(assistant_model, ExpertGenerationMixin):
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "expert_index"}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "continuous batching packs queries of different experts into one row, which channel-merged models cannot "
+            "run yet: use generate, or export one expert and serve that"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching

@@ -1,0 +1,65 @@
+"""What the router reads of a query: which messages of a conversation, and which tokens of a long prompt."""
+
+from typing import Any
+
+import torch
+
+from .configuration_channel_merged import CONTEXTS
+
+
+def router_messages(messages: list[dict[str, Any]], context: str) -> list[dict[str, str]]:
+    """The chat messages that the router reads: one message of the user, to be put into the chat template.
+
+    System prompts, answers and tool messages never decide the expert.
+
+    Args:
+        messages: a conversation, `{"role": ..., "content": ...}` each.
+        context: "last_user_turn", or "conversation" for all turns of the user, as paragraphs of one message (many chat
+            templates refuse two messages of the user in a row).
+
+    Raises:
+        ValueError: an unknown context, no message of the user, or one whose content is not text.
+    """
+    if context not in CONTEXTS:
+        raise ValueError(f"router.context is {context!r}, expected one of {CONTEXTS}")
+    turns = [message.get("content") for message in messages if message.get("role") == "user"]
+    if not turns:
+        raise ValueError("messages hold no query: none has the role 'user'")
+    if context == "last_user_turn":
+        turns = turns[-1:]
+    for turn in turns:
+        if not isinstance(turn, str):
+            raise ValueError(f"a message's content is {turn!r}, expected text")
+    return [{"role": "user", "content": "\n\n".join(turns)}]
+
+
+def shorten(
+    input_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor,
+    inputs_embeds: torch.FloatTensor | None,
+    max_tokens: int,
+) -> tuple[torch.LongTensor | None, torch.Tensor, torch.FloatTensor | None]:
+    """Keep the first and the last half of `max_tokens` tokens of every longer query; the middle is left out.
+
+    Padding on either side changes nothing. Where max_tokens is odd, the first half has one more.
+
+    Args:
+        input_ids: (B, T) int64, or None with inputs_embeds (B, T, H).
+        attention_mask: (B, T), 1 for tokens and 0 for padding.
+
+    Returns:
+        The same three, unchanged for T <= max_tokens, otherwise of max_tokens columns, padded on the right.
+    """
+    if attention_mask.shape[1] <= max_tokens:
+        return input_ids, attention_mask, inputs_embeds
+    tokens = attention_mask != 0
+    number = tokens.cumsum(-1)  # from 1
+    last = number[:, -1:] - max_tokens // 2
+    kept = tokens & ((number <= max_tokens - max_tokens // 2) | (number > last))
+    columns = kept.int().argsort(dim=-1, descending=True, stable=True)[:, :max_tokens]
+    attention_mask = kept.gather(1, columns).to(attention_mask.dtype)
+    if input_ids is not None:
+        input_ids = input_ids.gather(1, columns)
+    if inputs_embeds is not None:
+        inputs_embeds = inputs_embeds.gather(1, columns[..., None].expand(-1, -1, inputs_embeds.shape[-1]))
+    return input_ids, attention_mask, inputs_embeds
