@@ -1,8 +1,8 @@
 """Answers of a channel-merged checkpoint to a few prompts, all in one mixed batch.
 
-The router reads every prompt as it was trained to: in the checkpoint's default chat template and tokenizer. The expert
-that it picks then gets the prompt in its own chat template, segmented by its own tokenizer where the checkpoint keeps
-it, and its answer ends at its own end of sequence.
+The router reads every prompt as it was trained to: in the checkpoint's default chat template and tokenizer, and of a
+conversation only what `router_messages` leaves. The expert that it picks then gets the prompt in its own chat
+template, segmented by its own tokenizer where the checkpoint keeps it, and its answer ends at its own end of sequence.
 
 The installed classes run the checkpoint; code files beside the weights are not executed.
 """
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from conversion.hub_folder import EXPERT_FOLDER, TOKENIZER_CONFIG
 from conversion.merged_checkpoint import read_config, resolve_folder
 from conversion.vocabulary import DEFAULT_TEMPLATE, named_templates
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
+from modeling_channel_merged.router_inputs import router_messages
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -27,17 +29,30 @@ Prompt = str | list[dict[str, Any]]  # a text, or chat messages
 
 @dataclass(frozen=True)
 class Answer:
-    """One prompt, the expert that answered it and the router's probability for it (None: the expert was given)."""
+    """One prompt, and who answered it.
+
+    Attributes:
+        probability: the router's, of the expert that answered; None where the expert was given.
+        fallback: why the default expert answered, where the router did not choose; None where it did.
+    """
 
     prompt: Prompt
     expert: str
     probability: float | None
+    fallback: str | None
     text: str
 
     @property
     def question(self) -> str:
         """The prompt, or the last message of a conversation."""
         return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
+
+    @property
+    def choice(self) -> str:
+        """How the expert was chosen: "given", the router's probability, or why the default expert answered."""
+        if self.probability is None:
+            return "given"
+        return f"{self.probability:.3f}" + (f", default: {self.fallback}" if self.fallback else "")
 
 
 class ExpertTokenizer:
@@ -105,15 +120,17 @@ def answer_prompts(
     """Answer `prompts` as one batch, each by the expert that the router picks, or all by `expert`.
 
     Args:
-        prompts: texts, or lists of chat messages (`{"role": ..., "content": ...}`).
+        prompts: texts, or lists of chat messages (`{"role": ..., "content": ...}`). What is no Unicode text in them,
+            such as half a surrogate pair, is replaced.
         chat: put each prompt into a chat template, a text as the user's message; None: if the checkpoint has one.
 
     Raises:
         ValueError: no channel-merged checkpoint, no such expert, an empty prompt, an unknown dtype or device, messages
-            without a chat template.
+            without a chat template or without one of the user.
     """
     if not prompts:
         raise ValueError("there is no prompt to answer")
+    prompts = [with_valid_text(prompt) for prompt in prompts]
     for number, prompt in enumerate(prompts, start=1):
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise ValueError(f"prompt {number} of {len(prompts)} is empty")
@@ -126,14 +143,20 @@ def answer_prompts(
         config.expert_id(expert)
     tokenizer = load_tokenizer(folder)
     chat = uses_chat_template(tokenizer, prompts, chat)
+    queries = prompts if expert is not None else router_queries(prompts, config)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    experts, probabilities = [expert] * len(prompts), [None] * len(prompts)
+    experts, probabilities, fallbacks = ([value] * len(prompts) for value in (expert, None, None))
     if expert is None:
-        routing = model.route(**encode_prompts(tokenizer, prompts, chat).to(device))
+        inputs = encode_prompts(tokenizer, queries, chat).to(device)
+        routing = model.route(**inputs, top_k=1)
         experts = [config.expert_names[number] for number in routing.expert_index.tolist()]
-        probabilities = routing.logits.softmax(-1)[torch.arange(len(prompts)), routing.expert_index].tolist()
+        probabilities = routing.probabilities.gather(1, routing.expert_index[:, None]).flatten().tolist()
+        fallbacks = fallback_reasons(model, routing, inputs["attention_mask"])
     speakers = {name: ExpertTokenizer(folder, config, tokenizer, name) for name in dict.fromkeys(experts)}
     rows = [speakers[name].encode(prompt, chat) for name, prompt in zip(experts, prompts, strict=True)]
+    for number, row in enumerate(rows, start=1):
+        if not row:
+            raise ValueError(f"prompt {number} of {len(prompts)} has no tokens: its tokenizer drops all of it")
     inputs = tokenizer.pad({"input_ids": rows}, padding=True, padding_side="left", return_tensors="pt").to(device)
     sequences = model.generate(
         **inputs, expert_index=experts, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
@@ -143,7 +166,46 @@ def answer_prompts(
         speakers[name].decode(until_end(answer, end_of_answer(model, name)))
         for name, answer in zip(experts, answers, strict=True)
     ]
-    return [Answer(*fields) for fields in zip(prompts, experts, probabilities, texts, strict=True)]
+    return [Answer(*fields) for fields in zip(prompts, experts, probabilities, fallbacks, texts, strict=True)]
+
+
+def with_valid_text(prompt: Prompt) -> Prompt:
+    """A prompt whose lone surrogates, which no tokenizer takes, are replacement characters (U+FFFD).
+
+    They come from JSON and from bytes of a command line that are no UTF-8.
+    """
+    if isinstance(prompt, str):
+        return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [{**message, "content": with_valid_text(message["content"])} for message in prompt]
+
+
+def router_queries(prompts: list[Prompt], config: ChannelMergedConfig) -> list[Prompt]:
+    """What the router reads of each prompt: a text as it stands, of a conversation what the config says."""
+    queries = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            queries.append(prompt if isinstance(prompt, str) else router_messages(prompt, config.router["context"]))
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from None
+    return queries
+
+
+def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> list[str | None]:
+    """Why the default expert answers each query, or None where the router chose; `routing` is of `route(top_k=1)`."""
+    threshold, names = model.config.router["threshold"], model.config.expert_names
+    trained, reasons = model.router.is_trained, []
+    for number, (best, probability) in enumerate(
+        zip(routing.top_experts[:, 0].tolist(), routing.top_probabilities[:, 0].tolist(), strict=True)
+    ):
+        if not trained:
+            reasons.append("the router is untrained")
+        elif not attention_mask[number].any():
+            reasons.append("the router has nothing to read")
+        elif probability < threshold:
+            reasons.append(f"{names[best]} has {probability:.3f}, below the threshold {threshold:.3f}")
+        else:
+            reasons.append(None)
+    return reasons
 
 
 def read_conversations(file: Path) -> list[Prompt]:
@@ -212,9 +274,20 @@ def uses_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None) -> str:
-    """The text of a prompt in a tokenizer's default chat template, or the one with the name `template`."""
+    """The text of a prompt in a tokenizer's default chat template, or the one with the name `template`.
+
+    Raises:
+        ValueError: the template does not take these messages.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        name = "default chat template" if template is None else f"chat template {template!r}"
+        raise ValueError(f"the {name} does not take messages of the roles {roles}: {error}") from error
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool) -> BatchEncoding:

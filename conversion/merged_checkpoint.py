@@ -14,6 +14,7 @@ from conversion.plan import base_architecture, find_source, with_weights
 from modeling_channel_merged.configuration_channel_merged import FORMAT_VERSION, ChannelMergedConfig
 
 ROUTER_TENSORS = ("router.head.weight", "router.head.bias")
+NGRAM_TENSOR = "router.ngrams.weight"
 
 
 def read_config(folder: Path) -> ChannelMergedConfig:
@@ -78,7 +79,13 @@ class MergedCheckpoint:
         for path, parameters in self.modules.per_expert.items():
             for expert in range(self.config.num_experts):
                 yield from (f"model.{path}.experts.{expert}.{parameter}" for parameter in parameters)
+        yield from self.router_names()
+
+    def router_names(self) -> Iterator[str]:
+        """Names of the router's tensors."""
         yield from ROUTER_TENSORS
+        if NGRAM_TENSOR in self.tensors:  # an untrained router leaves it out: missing weights are zeros
+            yield NGRAM_TENSOR
 
     def rows_name(self, path: str) -> str:
         """Name of the tensor with the rows of a channel module; for a tied head it is the embedding's."""

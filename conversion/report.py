@@ -17,7 +17,7 @@ import torch
 from rich.table import Table
 
 from conversion.delta_errors import relative_error
-from conversion.merged_checkpoint import ROUTER_TENSORS, MergedCheckpoint
+from conversion.merged_checkpoint import MergedCheckpoint
 from conversion.model_card import REPORT_FILE
 
 PER_EXPERT_KIND = "kept per expert"
@@ -121,8 +121,8 @@ def inspect_checkpoint(checkpoint: str | Path) -> CheckpointReport:
             index_bytes=sum(
                 merged.tensors[f"model.{path}.channel_index"].num_bytes for path in merged.modules.channel
             ),
-            router_bytes=sum(merged.tensors[name].num_bytes for name in ROUTER_TENSORS),
-            router_trained=any(bool(merged.reader.read(name).any()) for name in ROUTER_TENSORS),
+            router_bytes=sum(merged.tensors[name].num_bytes for name in merged.router_names()),
+            router_trained=any(bool(merged.reader.read(name).any()) for name in merged.router_names()),
             router=dict(config.router),
             merge=dict(config.merge),
         )
@@ -162,7 +162,10 @@ def _conversion_norms(merged: MergedCheckpoint) -> dict[str, tuple[tuple[float, 
     try:
         modules = json.loads(file.read_text(encoding="utf-8")).get("modules", {})
         return {
-            path: tuple(tuple(float(module[key][name]) for name in names) for key in ("delta_norms", "error_norms"))
+            # Of an exact expert that was added without its base at hand, the change from the base is not known.
+            path: tuple(
+                tuple(float(module[key][name] or 0) for name in names) for key in ("delta_norms", "error_norms")
+            )
             for path, module in modules.items()
             if "error_norms" in module
         }

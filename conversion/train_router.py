@@ -1,44 +1,42 @@
 """Train the router of a channel-merged checkpoint and save the complete checkpoint again.
 
     channel-merge train-router merged \\
-        --train-data train.jsonl \\
+        --train-data math.jsonl code.jsonl chat.jsonl \\
         --eval-data eval.jsonl \\
         --output-dir routed \\
         --num-train-epochs 3 \\
         --learning-rate 1e-2
 
-or, on several GPUs, `accelerate launch -m conversion train-router ...`. `--config router.yaml` gives the same options.
+or, on several devices, `accelerate launch -m conversion train-router ...`; `--config router.yaml` gives the same
+options.
 
-The data are a JSONL, JSON, Parquet or CSV file, or a Hub dataset (`id` or `id:split`; the split is `train` unless
-named), with the columns `text` (taken as it stands) or `messages` (put into the chat template; an answer at the end is
-left out, for the router reads queries), and `expert`, the name of the expert that should answer. The loss is the
-cross-entropy over experts. Only the router trains; it reads the features of the first blocks, which run as the trunk
-expert and stay frozen.
+The data are JSONL, JSON, Parquet or CSV files, or Hub datasets (`id` or `id:split`; the split is `train` unless
+named), with the columns `text` (taken as it stands) or `messages` (of which the turns that the router reads, by
+`router.context` of the config, are put into the chat template), `expert`, the name of the expert that should answer,
+and, if there is one, `source`, for the report.
+
+Only the router trains, on every query, on a variant of each `text` as another source might write it, and on generated
+queries in styles that one source does not show, for the experts whose names tell which (`--style-queries`). What it
+reads, the features of the first blocks, which run as the trunk expert, and the tokens, is computed once for every
+query, and then `transformers.Trainer` trains the router on that. Last, a temperature is fitted to the evaluation
+queries, so that the router's probabilities say how often it is right.
 """
 
 import dataclasses
 import json
 import logging
-import random
-import re
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from datasets import load_dataset
-from rich.table import Table
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    DataCollatorWithPadding,
-    EvalPrediction,
     HfArgumentParser,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -48,13 +46,30 @@ from conversion.export import COMPANION_FILES, copy_files
 from conversion.generate import load_tokenizer
 from conversion.hub_folder import CARD_FILE, EXPERT_FOLDER, REPORT_FILE
 from conversion.merged_checkpoint import read_config, resolve_folder
+from conversion.report import format_bytes
+from conversion.router_data import (
+    Query,
+    RouterCollator,
+    check_splits,
+    encode_queries,
+    hold_out,
+    load_queries,
+    with_styles,
+    with_variants,
+)
+from conversion.router_metrics import (
+    METRICS_FILE,
+    PLOT_FILE,
+    add_to_card,
+    evaluate_router,
+    fit_temperature,
+    plot_confusion,
+    router_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 EVAL_SHARE = 0.1
-METRICS_FILE = "router_eval.json"
-ROUTER_SECTION = "## Router"
 
 
 @dataclass
@@ -62,31 +77,52 @@ class RouterArguments:
     """Which checkpoint and which data."""
 
     checkpoint: str = field(metadata={"help": "Channel-merged checkpoint: folder or Hub id."})
-    train_data: str = field(metadata={"help": "File or Hub dataset with `text` or `messages`, and `expert`."})
-    eval_data: str | None = field(
+    train_data: list[str] = field(metadata={"help": "Files or Hub datasets with `text` or `messages`, and `expert`."})
+    eval_data: list[str] | None = field(
         default=None, metadata={"help": "The same; default: a tenth of the training data, of every expert alike."}
     )
-    max_length: int = field(default=512, metadata={"help": "Longest query in tokens; the rest is cut off."})
+    augment: bool = field(
+        default=True, metadata={"help": "Also train on a variant of each `text`, as another source might write it."}
+    )
+    style_queries: int = field(
+        default=1000,
+        metadata={
+            "help": "Most generated queries in other styles to add for each expert named instruct, math, code or "
+            "chinese, never more than three times those of its own; 0: none."
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "The router reads the first and last half of so many tokens of a longer query (router.max_tokens)."
+        },
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata={"help": "Probability below which the default expert answers (router.threshold)."},
+    )
+    cache_features: bool = field(
+        default=True, metadata={"help": "Compute what the router reads once, and keep it in memory."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace a model in the output folder."})
 
 
 @dataclass
 class RouterTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with defaults for a small linear head on frozen features."""
+    """`transformers.TrainingArguments` with defaults for a small head on frozen features."""
 
     output_dir: str = field(metadata={"help": "Folder of the trained checkpoint."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Initial learning rate."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})
-    logging_steps: float = field(default=20, metadata={"help": "Log every so many steps."})
+    eval_accumulation_steps: int = field(default=16, metadata={"help": "Batches until results leave the device."})
+    logging_steps: float = field(default=0.1, metadata={"help": "Log every so many steps, below 1: a share of all."})
     save_strategy: str = field(
         default="no", metadata={"help": "Intermediate checkpoints; the result is always saved."}
     )
     report_to: str = field(default="none", metadata={"help": "Integrations to report to."})
     dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin memory."})
-    # The Trainer would take `labels` for a label too and then find no loss, and drop columns that it does not know.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
-    label_names: list[str] = field(default_factory=lambda: ["expert_labels"], metadata={"help": "Must stay."})
 
 
 class RouterArgumentParser(HfArgumentParser):
@@ -110,8 +146,14 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterArguments, RouterTraini
     )
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    if router_arguments.max_length < 1:
-        raise ValueError(f"max_length is {router_arguments.max_length}, expected at least 1")
+    if (training_arguments.resume_from_checkpoint or "").lower() == "true":
+        training_arguments.resume_from_checkpoint = True  # the last one of the output folder
+    if (length := router_arguments.max_length) is not None and length < 1:
+        raise ValueError(f"max_length is {length}, expected at least 1")
+    if (count := router_arguments.style_queries) < 0:
+        raise ValueError(f"style_queries is {count}, expected at least 0")
+    if (threshold := router_arguments.threshold) is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}, expected a probability in [0, 1]")
     return router_arguments, training_arguments
 
 
@@ -125,134 +167,58 @@ def set_defaults(parser: RouterArgumentParser, values: Any, file: str) -> None:
         if name not in actions:
             raise ValueError(f"{file}: unknown option {key!r}")
         actions[name].required = False
+        if actions[name].nargs == "+" and isinstance(value, str):
+            value = [value]
         # Numbers such as 1e-3 are strings in YAML; argparse converts defaults that are strings.
         parser.set_defaults(**{name: value})
 
 
-def load_rows(data: str) -> list[dict[str, Any]]:
-    """All rows of a data file or Hub dataset, checked for nothing yet."""
-    if (file_format := FILE_FORMATS.get(Path(data).suffix)) is not None:
-        if not Path(data).is_file():
-            raise FileNotFoundError(f"there is no file {data}")
-        dataset = load_dataset(file_format, data_files=data, split="train")
-    else:
-        name, _, split = data.partition(":")
-        dataset = load_dataset(name, split=split or "train")
-    columns = dataset.column_names
-    if "expert" not in columns or not {"text", "messages"} & set(columns):
-        raise ValueError(f"{data} has the columns {columns}, expected 'expert', and 'text' or 'messages'")
-    return dataset.select_columns([name for name in columns if name in ("text", "messages", "expert")]).to_list()
+class RouterFeatures(nn.Module):
+    """The frozen part of a model on the way to its router: queries in, the router's inputs out."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": self.model.router_features(input_ids, attention_mask)}
 
 
-def encode_rows(
-    rows: list[dict[str, Any]],
-    data: str,
-    tokenizer: PreTrainedTokenizerBase,
-    expert_names: list[str],
-    max_length: int,
-) -> list[dict[str, Any]]:
-    """Token ids of every query and the index of its expert.
+class RouterOnFeatures(nn.Module):
+    """A model's router alone, on inputs computed beforehand; what it learns, the model has learned."""
 
-    Returns:
-        One {"input_ids": list of int, "expert_labels": int} a row; the first `max_length` tokens are kept.
+    accepts_loss_kwargs = True  # the Trainer then counts the queries of accumulated batches
 
-    Raises:
-        ValueError: an unknown expert or an empty query, with its row.
-    """
-    encoded = []
-    for number, row in enumerate(rows, start=1):
-        place = f"{data}, row {number}"
-        if row["expert"] not in expert_names:
-            raise ValueError(f"{place}: unknown expert {row['expert']!r}, the checkpoint has {expert_names}")
-        text, from_chat = query_text(row, place, tokenizer)
-        input_ids = tokenizer(
-            text, truncation=True, max_length=max_length, truncation_side="right", add_special_tokens=not from_chat
-        )["input_ids"]
-        encoded.append({"input_ids": input_ids, "expert_labels": expert_names.index(row["expert"])})
-    return encoded
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.router = model.router
+        self.router_loss = model.router_loss
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        labels: torch.LongTensor,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Loss and (B, N) logits, from features (B, F) and labels (B,)."""
+        logits = self.router(features)
+        return {"loss": self.router_loss(logits, labels, num_items_in_batch), "logits": logits}
 
 
-def query_text(row: dict[str, Any], place: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    """The query of a row, and whether the chat template (which writes special tokens itself) made it."""
-    text, messages = row.get("text"), list(row.get("messages") or ())
-    if isinstance(text, str) and text.strip():
-        return text, False
-    while messages and messages[-1].get("role") == "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError(f"{place}: the text is empty" if "text" in row else f"{place}: messages hold no query")
-    if not all(isinstance(message.get("content"), str) and message["content"].strip() for message in messages):
-        raise ValueError(f"{place}: a message has no content")
-    if not tokenizer.chat_template:
-        raise ValueError(f"{place} has messages, but the tokenizer has no chat template: give `text` instead")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
-
-
-def split_by_expert(
-    queries: list[dict[str, Any]], share: float, seed: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Split off `share` of every expert's queries, at least one where it has two: (train, eval)."""
-    by_expert: dict[int, list[int]] = {}
-    for number, query in enumerate(queries):
-        by_expert.setdefault(query["expert_labels"], []).append(number)
-    chosen: set[int] = set()
-    for expert in sorted(by_expert):
-        numbers = by_expert[expert]
-        count = max(1, round(share * len(numbers))) if len(numbers) > 1 else 0
-        chosen.update(random.Random(f"{seed} {expert}").sample(numbers, count))
-    train = [query for number, query in enumerate(queries) if number not in chosen]
-    return train, [queries[number] for number in sorted(chosen)]
-
-
-def check_splits(train: list[dict[str, Any]], evaluation: list[dict[str, Any]], expert_names: list[str]) -> None:
-    """Raise on an empty split; warn of experts without training queries and of queries in both splits."""
-    for name, queries in (("training", train), ("evaluation", evaluation)):
-        if not queries:
-            raise ValueError(f"there are no {name} queries: {len(train)} for training, {len(evaluation)} to evaluate")
-    counts = Counter(query["expert_labels"] for query in train)
-    for expert, name in enumerate(expert_names):
-        if not counts[expert]:
-            logger.warning("no training query names expert %s: the router will not learn to pick it", name)
-    seen = {tuple(query["input_ids"]) for query in train}
-    if shared := sum(tuple(query["input_ids"]) in seen for query in evaluation):
-        logger.warning("%d of %d evaluation queries are training queries too", shared, len(evaluation))
-
-
-class RouterCollator:
-    """Pads queries, on the tokenizer's side, and stacks their experts."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.pad = DataCollatorWithPadding(tokenizer)
-
-    def __call__(self, queries: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` (B, T), `expert_labels` (B,), all int64."""
-        batch = self.pad([{"input_ids": query["input_ids"]} for query in queries])
-        batch["expert_labels"] = torch.tensor([query["expert_labels"] for query in queries])
-        return dict(batch)
-
-
-def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_experts: int) -> np.ndarray:
-    """Queries by right expert (row) and picked expert (column): (N, N) int64, from two (B,) arrays."""
-    matrix = np.zeros((num_experts, num_experts), dtype=np.int64)
-    np.add.at(matrix, (labels, predictions), 1)
-    return matrix
-
-
-def recalls(matrix: np.ndarray) -> list[float | None]:
-    """Share of each expert's queries that went to it; None where there are none."""
-    totals = matrix.sum(1)
-    return [float(matrix[e, e] / totals[e]) if totals[e] else None for e in range(len(matrix))]
-
-
-def router_metrics(prediction: EvalPrediction, expert_names: list[str]) -> dict[str, float]:
-    """Accuracy, macro recall and every expert's recall, from router logits (B, N) and labels (B,)."""
-    matrix = confusion_matrix(prediction.label_ids, prediction.predictions.argmax(-1), len(expert_names))
-    known = {name: recall for name, recall in zip(expert_names, recalls(matrix)) if recall is not None}
-    return {
-        "accuracy": float(matrix.trace() / matrix.sum()),
-        "macro_recall": sum(known.values()) / len(known),
-        **{f"recall_{name}": recall for name, recall in known.items()},
-    }
+def cache_features(
+    model: PreTrainedModel, queries: list[Query], collator: RouterCollator, args: RouterTrainingArguments
+) -> list[Query]:
+    """The queries with the router's inputs in the place of their tokens; one pass over all of them, on all devices."""
+    blocks, all_blocks = model.config.router["layers"], model.config.num_hidden_layers
+    logger.info("running the first %d of %d blocks on %d queries, once", blocks, all_blocks, len(queries))
+    order = sorted(range(len(queries)), key=lambda number: -len(queries[number]["input_ids"]))  # little padding
+    texts = [{"input_ids": queries[number]["input_ids"]} for number in order]
+    features = Trainer(RouterFeatures(model), args, collator, eval_dataset=texts).predict(texts).predictions
+    cached = [{key: value for key, value in query.items() if key != "input_ids"} for query in queries]
+    for number, row in zip(order, features):
+        cached[number]["features"] = row
+    logger.info("%d features of each are kept, %s", features.shape[1], format_bytes(features.nbytes))
+    return cached
 
 
 def check_output(out: Path, checkpoint: Path, overwrite: bool) -> None:
@@ -273,99 +239,77 @@ def log_parameters(model: PreTrainedModel) -> None:
     logger.info("%d parameters train, %d are frozen", counts[True], counts[False])
 
 
-def evaluate(trainer: Trainer, evaluation: list[dict[str, Any]], expert_names: list[str]) -> dict[str, Any]:
-    """Final numbers on the evaluation queries, as JSON types."""
-    output = trainer.predict(evaluation, metric_key_prefix="eval")
-    matrix = confusion_matrix(output.label_ids, output.predictions.argmax(-1), len(expert_names))
-    return {
-        "expert_names": expert_names,
-        "queries": len(evaluation),
-        "loss": output.metrics["eval_loss"],
-        "accuracy": output.metrics["eval_accuracy"],
-        "macro_recall": output.metrics["eval_macro_recall"],
-        "recall": dict(zip(expert_names, recalls(matrix))),
-        "confusion_matrix": matrix.tolist(),  # rows: the right expert, columns: the one that the router picked
-    }
-
-
-def add_to_card(card: Path, metrics: dict[str, Any]) -> None:
-    """Put the evaluation into the model card, before its limits; an earlier one is replaced."""
-    if not card.is_file():
-        return
-    names = metrics["expert_names"]
-    lines = [
-        ROUTER_SECTION,
-        "",
-        f"The router was trained on {metrics['training']['queries']:,} queries. It sends {metrics['accuracy']:.1%} of "
-        f"{metrics['queries']:,} evaluation queries to the right expert (macro recall {metrics['macro_recall']:.1%}).",
-        "",
-        "| right expert | " + " | ".join(f"picked {name}" for name in names) + " | recall |",
-        "|" + "---|" * (len(names) + 2),
-    ]
-    for name, row in zip(names, metrics["confusion_matrix"]):
-        recall = metrics["recall"][name]
-        lines.append(f"| {name} | {' | '.join(map(str, row))} | {'-' if recall is None else f'{recall:.1%}'} |")
-    text = re.sub(rf"(?ms)^{ROUTER_SECTION}$.*?(?=^## |\Z)", "", card.read_text(encoding="utf-8"))
-    before, limits, after = text.partition("## Limits\n")
-    card.write_text(before.rstrip() + "\n\n" + "\n".join(lines) + "\n\n" + limits + after, encoding="utf-8")
-
-
-def evaluation_tables(metrics: dict[str, Any]) -> list[Table | str]:
-    """The evaluation for a terminal, as rich renderables."""
-    table = Table("")
-    for name in (*metrics["expert_names"], "recall"):
-        table.add_column(name, justify="right")
-    for name, row in zip(metrics["expert_names"], metrics["confusion_matrix"]):
-        recall = metrics["recall"][name]
-        table.add_row(name, *map(str, row), "-" if recall is None else f"{recall:.3f}")
-    summary = f"accuracy {metrics['accuracy']:.3f}, macro recall {metrics['macro_recall']:.3f}"
-    return [
-        "Queries by right expert (row) and picked expert (column)",
-        table,
-        f"{summary} on {metrics['queries']} queries",
-    ]
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train and save; returns the final metrics, which are also in the output's router_eval.json."""
     args, training_args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    if not training_args.should_log:  # one process of several speaks
+        logging.getLogger("conversion").setLevel(logging.ERROR)
     folder, out = resolve_folder(args.checkpoint), Path(training_args.output_dir)
     config = read_config(folder)
+    if args.max_length is not None:
+        config.router["max_tokens"] = args.max_length
+    if args.threshold is not None:
+        config.router["threshold"] = args.threshold
     check_output(out, folder, args.overwrite or bool(training_args.resume_from_checkpoint))
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(folder)
-    max_length = min(args.max_length, getattr(config.text_config, "max_position_embeddings", args.max_length))
-    train = encode_rows(load_rows(args.train_data), args.train_data, tokenizer, config.expert_names, max_length)
+    with training_args.main_process_first():
+        train = load_queries(args.train_data, tokenizer, config)
+        evaluation = load_queries(args.eval_data or (), tokenizer, config)
     if args.eval_data is None:
-        train, evaluation = split_by_expert(train, EVAL_SHARE, training_args.seed)
-    else:
-        evaluation = encode_rows(load_rows(args.eval_data), args.eval_data, tokenizer, config.expert_names, max_length)
+        train, evaluation = hold_out(train, EVAL_SHARE, training_args.seed, config.expert_names)
     check_splits(train, evaluation, config.expert_names)
+    train_queries = len(train)
+    train = with_styles(train, args.style_queries, training_args.seed, config.expert_names)
+    if args.augment:
+        train = with_variants(train, training_args.seed)
+    train = encode_queries(train, tokenizer, config)
+    evaluation = encode_queries(evaluation, tokenizer, config)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True)
     model.freeze_for_router_training()
     log_parameters(model)
 
+    collator, trained, sources = RouterCollator(tokenizer), model, [query["source"] for query in evaluation]
+    if args.cache_features:
+        train, evaluation = (cache_features(model, part, collator, training_args) for part in (train, evaluation))
+        trained = RouterOnFeatures(model)
     trainer = Trainer(
-        model=model,
+        model=trained,
         args=training_args,
         train_dataset=train,
         eval_dataset=evaluation,
-        data_collator=RouterCollator(tokenizer),
+        data_collator=collator,
         compute_metrics=lambda prediction: router_metrics(prediction, config.expert_names),
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    metrics = evaluate(trainer, evaluation, config.expert_names)
-    metrics["training"] = {"queries": len(train), **dataclasses.asdict(args), "seed": training_args.seed}
 
-    trainer.save_model()
+    prediction = trainer.predict(evaluation)
+    router = model.config.router
+    router["temperature"] = fit_temperature(prediction.predictions, prediction.label_ids)
+    metrics = evaluate_router(prediction.predictions, prediction.label_ids, sources, config.expert_names, router)
+    metrics["training"] = {"queries": train_queries, **dataclasses.asdict(args), "seed": training_args.seed}
     if trainer.is_world_process_zero():
-        copy_files(folder, out, (*COMPANION_FILES, CARD_FILE, REPORT_FILE, f"{EXPERT_FOLDER}/**/*"))
-        (out / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        add_to_card(out / CARD_FILE, metrics)
-        logger.info("saved the trained checkpoint to %s", out)
+        save_checkpoint(model, folder, out, metrics)
+    trainer.accelerator.end_training()
     return metrics
+
+
+def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: dict[str, Any]) -> None:
+    """The model with its trained router, everything else of the checkpoint it is from, and the evaluation."""
+    model.save_pretrained(out)
+    copy_files(folder, out, (*COMPANION_FILES, CARD_FILE, REPORT_FILE, f"{EXPERT_FOLDER}/**/*"))
+    (out / METRICS_FILE).write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    has_plot = True
+    try:
+        plot_confusion(metrics, out / PLOT_FILE)
+    except ValueError as error:
+        has_plot = False
+        (out / PLOT_FILE).unlink(missing_ok=True)  # of an earlier run
+        logger.info("no picture of the confusion matrix was drawn: %s", error)
+    add_to_card(out / CARD_FILE, metrics, has_plot)
+    logger.info("saved the trained checkpoint to %s", out)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def mixed_batch_table(checkpoint: Path, tests: dict[str, list[Example]]) -> Tabl
     )
     output = model.generate(**inputs, max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
     texts = tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    probabilities = output.router_logits.softmax(-1).max(-1).values
+    probabilities = output.router_probabilities.amax(-1)
     table = Table("prompt", "expert", "p", "answer", "expected", title="One mixed batch, routed", show_lines=True)
     for example, expert, probability, text in zip(
         chosen, output.expert_index.tolist(), probabilities.tolist(), texts, strict=True

@@ -1,78 +1,65 @@
 import json
-import random
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, EvalPrediction
+from transformers import AutoModelForCausalLM
 
 from conversion.generate import load_tokenizer
-from conversion.train_router import (
-    RouterCollator,
-    add_to_card,
-    confusion_matrix,
-    encode_rows,
-    evaluation_tables,
-    load_rows,
-    main,
-    parse_arguments,
-    recalls,
-    router_metrics,
-    split_by_expert,
-)
+from conversion.report import format_bytes
+from conversion.router_metrics import expected_calibration_error, fit_temperature, probabilities
+from conversion.train_router import main, parse_arguments
 
-QUERIES = {
-    "instruct": ["please", "write", "hello"],
-    "math": ["one", "two", "plus"],
-    "code": ["def", "print", "return"],
-}
-EXPERTS = list(QUERIES)
-
-
-def make_rows(count: int, seed: int) -> list[dict[str, str]]:
-    generator = random.Random(seed)
-    rows = []
-    for number in range(count):
-        expert = EXPERTS[number % 3]
-        rows.append(
-            {"text": " ".join(generator.choices(QUERIES[expert], k=generator.randint(1, 9))), "expert": expert}
-        )
-    return rows
-
-
-def write_jsonl(file, rows):
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
+ROOT = Path(__file__).parents[2]
+EXPERTS = ["instruct", "math", "code"]
 
 
 @pytest.fixture
-def train(stored, tmp_path):
+def train(stored, tmp_path, router_rows, write_jsonl):
     """Run the recipe on easy data; further arguments as on the command line."""
 
     def run(*arguments, out="routed"):
-        data = write_jsonl(tmp_path / "train.jsonl", make_rows(90, seed=0))
-        evaluation = write_jsonl(tmp_path / "eval.jsonl", make_rows(30, seed=1))
+        data = write_jsonl(tmp_path / "train.jsonl", router_rows(90, seed=0))
+        evaluation = write_jsonl(tmp_path / "eval.jsonl", router_rows(30, seed=1))
         return main(
             [
                 *("--checkpoint", str(stored.folder), "--train-data", data, "--eval-data", evaluation),
                 *("--output-dir", str(tmp_path / out), "--learning-rate", "0.1", "--num-train-epochs", "10"),
-                *("--disable-tqdm", "true", "--use-cpu", *arguments),
+                *("--augment", "false", "--style-queries", "0", "--disable-tqdm", "true", "--use-cpu", *arguments),
             ]
         )
 
     return run
 
 
+@pytest.fixture
+def router_of(tmp_path):
+    """The router's tensors in an output folder."""
+
+    def read(out: str) -> dict[str, torch.Tensor]:
+        tensors = load_file(tmp_path / out / "model.safetensors")
+        return {name: value for name, value in tensors.items() if name.startswith("router.")}
+
+    return read
+
+
 def test_trains_the_router_and_nothing_else(stored, train, tmp_path):
     """Separable queries are learned; every other tensor of the checkpoint stays bit for bit."""
     metrics = train()
-    assert metrics["accuracy"] == metrics["macro_recall"] == 1.0
+    assert metrics["accuracy"] == metrics["macro_accuracy"] == 1.0
     assert metrics["confusion_matrix"] == [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
     assert metrics["training"]["queries"] == 90 and metrics["queries"] == 30
     before, after = (load_file(folder / "model.safetensors") for folder in (stored.folder, tmp_path / "routed"))
-    assert before.keys() == after.keys()
+    assert {key for key in before if not key.startswith("router.")} == {
+        key for key in after if not key.startswith("router.")
+    }
     for key in before:
         assert torch.equal(before[key], after[key]) != key.startswith("router."), key
         assert before[key].dtype == after[key].dtype
@@ -85,12 +72,15 @@ def test_output_is_a_complete_checkpoint(stored, train, tmp_path):
     names = {file.name for file in out.iterdir()}
     assert names >= {file.name for file in stored.folder.iterdir()}
     assert {"modeling_channel_merged.py", "configuration_channel_merged.py", "router_eval.json"} <= names
+    assert "router_confusion.png" in names and (out / "router_confusion.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((out / "router_eval.json").read_text()) == metrics
     card = (out / "README.md").read_text()
     assert (
         card.index("# Merged")
         < card.index("## Router")
         < card.index("| math | 0 | 10 | 0 |")
+        < card.index("](router_confusion.png)")
+        < card.index("| eval | 30 | 100.0% |")
         < card.index("## Limits")
     )
     tokenizer, model = load_tokenizer(out), AutoModelForCausalLM.from_pretrained(out)
@@ -99,112 +89,206 @@ def test_output_is_a_complete_checkpoint(stored, train, tmp_path):
     assert routing.expert_index.tolist() == [1, 2, 0]
 
 
-def test_training_is_deterministic(train, tmp_path):
+def test_training_is_deterministic(train, router_of):
     """Two runs with one seed give the same router, bit for bit."""
     train(out="first")
     train(out="second")
-    first, second = (load_file(tmp_path / out / "model.safetensors") for out in ("first", "second"))
-    assert torch.equal(first["router.head.weight"], second["router.head.weight"])
+    assert all(map(torch.equal, router_of("first").values(), router_of("second").values()))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_collator_pads_on_the_tokenizers_side(stored, side):
-    tokenizer = load_tokenizer(stored.folder)
-    tokenizer.padding_side = side
-    queries = encode_rows(make_rows(6, seed=3), "data", tokenizer, EXPERTS, max_length=64)
-    batch = RouterCollator(tokenizer)(queries)
-    assert batch["expert_labels"].tolist() == [0, 1, 2, 0, 1, 2] and batch["expert_labels"].dtype == torch.int64
-    for query, input_ids, mask in zip(queries, batch["input_ids"], batch["attention_mask"]):
-        assert input_ids[mask.bool()].tolist() == query["input_ids"]
-        missing = len(mask) - len(query["input_ids"])
-        assert not (mask[:missing] if side == "left" else mask[len(mask) - missing :]).any()
+def test_cached_features_change_nothing(train, router_of):
+    """The trunk run once for all epochs, or in every step: the same router, up to rounding in other batches."""
+    cached = train("--num-train-epochs", "2", out="cached")
+    plain = train("--num-train-epochs", "2", "--cache-features", "false", out="plain")
+    assert cached["confusion_matrix"] == plain["confusion_matrix"]
+    assert cached["calibration"] == pytest.approx(plain["calibration"], rel=1e-3)
+    first, second = router_of("cached"), router_of("plain")
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
 
 
-def test_padding_side_does_not_change_the_loss(stored):
-    """Router loss and logits are the same on either side, up to float32 rounding."""
-    tokenizer, model = load_tokenizer(stored.folder), AutoModelForCausalLM.from_pretrained(stored.folder).eval()
-    torch.manual_seed(0)
-    torch.nn.init.normal_(model.router.head.weight)
-    queries = encode_rows(make_rows(7, seed=3), "data", tokenizer, EXPERTS, max_length=64)
-    outputs = []
-    for tokenizer.padding_side in ("left", "right"):
-        with torch.no_grad():
-            outputs.append(model(**RouterCollator(tokenizer)(queries)))
-    torch.testing.assert_close(outputs[0].router_logits, outputs[1].router_logits)
-    torch.testing.assert_close(outputs[0].loss, outputs[1].loss)
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_accumulated_batches_equal_a_larger_one(train, router_of, cached):
+    """Batches of 4, four a step, are batches of 16, the uneven end of an epoch included."""
+    options = ("--cache-features", cached, "--num-train-epochs", "2")
+    train(*options, "--per-device-train-batch-size", "16", out="large")
+    train(*options, "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "4", out="small")
+    first, second = router_of("large"), router_of("small")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
 
 
-def test_long_queries_are_cut(stored):
-    rows = [{"text": "one two three " * 20, "expert": "math"}]
-    (query,) = encode_rows(rows, "data", load_tokenizer(stored.folder), EXPERTS, max_length=5)
-    assert query["input_ids"] == [3, 4, 5, 3, 4]
+def test_the_trunk_runs_once_for_each_query(stored, train, monkeypatch, caplog):
+    """Ten epochs cost one pass; what it keeps in memory is said."""
+    from modeling_channel_merged import ChannelMergedForCausalLM
+
+    seen, features = [], ChannelMergedForCausalLM.router_features
+
+    def count(self, input_ids, *arguments):
+        seen.append(len(input_ids))
+        return features(self, input_ids, *arguments)
+
+    monkeypatch.setattr(ChannelMergedForCausalLM, "router_features", count)
+    with caplog.at_level("INFO", logger="conversion"):
+        train()
+    assert sum(seen) == 90 + 30
+    assert "running the first 1 of 2 blocks on 90 queries, once" in caplog.text
+    count = int(re.search(r"(\d+) features of each are kept", caplog.text)[1])
+    assert count >= stored.config.hidden_size and format_bytes(90 * count * 4) in caplog.text
 
 
-def test_queries_fit_the_models_positions(tmp_path, write_checkpoint):
-    """A query longer than the model has learned positions is cut, whatever max_length says."""
+def test_probabilities_are_calibrated(train, tmp_path):
+    """The stored temperature fits the evaluation queries; what is reported of it is what the saved model does."""
+    metrics = train("--num-train-epochs", "3")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "routed"), load_tokenizer(tmp_path / "routed")
+    rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    inputs = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    routing = model.route(inputs["input_ids"], inputs["attention_mask"])
+    logits, labels = routing.logits.numpy(), np.array([EXPERTS.index(row["expert"]) for row in rows])
+    temperature = model.config.router["temperature"]
+    assert (
+        temperature
+        == metrics["calibration"]["temperature"]
+        == pytest.approx(fit_temperature(logits, labels), rel=1e-4)
+    )
+    assert temperature != 1.0
+    assert routing.probabilities.numpy() == pytest.approx(probabilities(logits, temperature), abs=1e-6)
+    assert metrics["calibration"]["ece"] == pytest.approx(
+        expected_calibration_error(logits, labels, temperature), abs=1e-4
+    )
+
+
+def test_training_again_starts_from_the_router(stored, train, tmp_path):
+    """A trained checkpoint can be trained on; its temperature has no part in the loss and is fitted anew."""
+    first = train("--num-train-epochs", "3")
+    options = ("--checkpoint", str(tmp_path / "routed"), "--learning-rate", "1e-9", "--num-train-epochs", "1")
+    second = train(*options, out="again")
+    assert second["calibration"] == pytest.approx(first["calibration"], rel=1e-3)
+
+
+def test_threshold_is_stored(stored, train, tmp_path):
+    metrics = train("--threshold", "0.7", "--max-length", "40")
+    config = json.loads((tmp_path / "routed" / "config.json").read_text())
+    assert (config["router"]["threshold"], config["router"]["max_tokens"]) == (0.7, 40)
+    assert metrics["threshold"] == 0.7
+    assert "Below a probability of 0.7 the default expert answers" in (tmp_path / "routed" / "README.md").read_text()
+    train("--max-steps", "1", out="plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert (
+        config["router"]["threshold"] == 0.0 and config["router"]["max_tokens"] == stored.config.router["max_tokens"]
+    )
+
+
+def test_variants_are_trained_on(train, caplog):
+    """By default a variant of each training query trains beside it; the evaluation stays as it is."""
+    with caplog.at_level("INFO", logger="conversion"):
+        metrics = train("--augment", "true", "--max-steps", "1")
+    assert "blocks on 180 queries, once" in caplog.text and "blocks on 30 queries, once" in caplog.text
+    assert metrics["training"]["queries"] == 90
+
+
+def test_generated_queries_are_trained_on(train, caplog):
+    """For experts whose names tell their styles; here as many as each has of its own."""
+    caplog.set_level("INFO", "conversion")
+    metrics = train("--style-queries", "7")
+    assert "added 21 generated queries in more styles for instruct, math, code" in caplog.text
+    assert metrics["training"]["queries"] == 90 and metrics["training"]["style_queries"] == 7
+    assert metrics["accuracy"] > 0.9
+
+
+def test_several_sources(train, tmp_path, router_rows, write_jsonl):
+    """Several files train together, and each is a source of its own in the report."""
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", router_rows(30, seed)) for seed, name in enumerate("ab")]
+    metrics = train("--train-data", *files, "--eval-data", *files)
+    assert metrics["training"]["queries"] == 60
+    assert {name: source["queries"] for name, source in metrics["sources"].items()} == {"a": 30, "b": 30}
+
+
+def test_held_out_queries_are_named(train, tmp_path, router_rows, write_jsonl, caplog):
+    """Without evaluation data even a handful of queries gives some up, and the log says how many."""
+    data = write_jsonl(tmp_path / "few.jsonl", router_rows(9, seed=0))
+    with caplog.at_level("INFO", logger="conversion"):
+        metrics = main(
+            [
+                *("--checkpoint", str(tmp_path / "merged"), "--train-data", data, "--max-steps", "1", "--use-cpu"),
+                *("--output-dir", str(tmp_path / "few"), "--disable-tqdm", "true"),
+            ]
+        )
+    assert (metrics["training"]["queries"], metrics["queries"]) == (6, 3)
+    assert "3 of 9 training queries are held out to evaluate and not trained on: instruct 1 of 3" in caplog.text
+
+
+def test_resumed_training_equals_uninterrupted(train, router_of, tmp_path):
+    """`--resume-from-checkpoint true` goes on from the last checkpoint, which holds the router alone."""
+    saving = ("--save-strategy", "steps", "--save-steps", "25")
+    train(*saving, out="whole")
+    saved = load_file(tmp_path / "whole" / "checkpoint-50" / "model.safetensors")
+    assert saved.keys() == router_of("whole").keys()
+    train(*saving, out="parts")
+    for number in (50, 60):  # as if it had been killed at step 49
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{number}")
+    (tmp_path / "parts" / "config.json").unlink()
+    train(*saving, "--resume-from-checkpoint", "true", out="parts")
+    first, second = router_of("whole"), router_of("parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_best_router_is_kept(train):
+    """The Trainer's own options work: evaluation in between, and the best checkpoint at the end."""
+    metrics = train(
+        *("--learning-rate", "20", "--eval-strategy", "epoch", "--save-strategy", "best"),
+        *("--load-best-model-at-end", "true", "--metric-for-best-model", "macro_accuracy"),
+    )
+    assert metrics["macro_accuracy"] == 1.0
+
+
+def test_without_matplotlib(train, tmp_path, monkeypatch, caplog):
+    """The picture is left out, and the log says how to get it."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with caplog.at_level("INFO", logger="conversion"):
+        train("--max-steps", "1")
+    assert "pip install 'channel-merged[plot]'" in caplog.text
+    assert not (tmp_path / "routed" / "router_confusion.png").exists()
+    assert "router_confusion.png" not in (tmp_path / "routed" / "README.md").read_text()
+
+
+def test_two_processes(stored, tmp_path, router_rows, write_jsonl):
+    """`accelerate launch` on two CPU processes: both train on their share, and one of them speaks and saves."""
+    data = write_jsonl(tmp_path / "train.jsonl", router_rows(90, seed=0))
+    evaluation = write_jsonl(tmp_path / "eval.jsonl", router_rows(31, seed=1))  # odd: one process has one more
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", *launch, "-m", "conversion", "train-router", str(stored.folder)),
+            *("--train-data", data, "--eval-data", evaluation, "--output-dir", str(tmp_path / "routed")),
+            *("--learning-rate", "0.1", "--num-train-epochs", "10", "--disable-tqdm", "true"),
+            *("--per-device-train-batch-size", "8", "--max-grad-norm", "0"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Queries by source") == result.stderr.count("saved the trained checkpoint") == 1
+    metrics = json.loads((tmp_path / "routed" / "router_eval.json").read_text())
+    assert (metrics["queries"], metrics["accuracy"]) == (31, 1.0)
+    assert np.array(metrics["confusion_matrix"]).sum() == 31
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "routed")
+    assert model.route(torch.tensor([[3, 6], [8, 8]])).expert_index.tolist() == [1, 2]
+
+
+def test_queries_fit_the_models_positions(tmp_path, write_checkpoint, write_jsonl):
+    """A query longer than the model has learned positions is shortened."""
     stored = write_checkpoint(tmp_path / "merged", "gpt2-tied")
     data = write_jsonl(
         tmp_path / "long.jsonl", [{"text": "one two " * 50, "expert": expert} for expert in EXPERTS * 2]
     )
     options = ("--max-steps", "1", "--disable-tqdm", "true", "--use-cpu")
     main(["--checkpoint", str(stored.folder), "--train-data", data, "--output-dir", str(tmp_path / "out"), *options])
-
-
-def test_messages_use_the_chat_template(stored, write_tokenizer):
-    rows = [{"messages": [{"role": "user", "content": "one two"}], "expert": "math", "text": None}]
-    with pytest.raises(ValueError, match="row 1 has messages, but the tokenizer has no chat template"):
-        encode_rows(rows, "data", load_tokenizer(stored.folder), EXPERTS, max_length=64)
-    write_tokenizer(stored.folder, chat=True)
-    (query,) = encode_rows(rows, "data", load_tokenizer(stored.folder), EXPERTS, max_length=64)
-    assert query == {"input_ids": [16, 3, 4], "expert_labels": 1}
-    rows[0]["messages"].append({"role": "assistant", "content": "three"})
-    assert encode_rows(rows, "data", load_tokenizer(stored.folder), EXPERTS, max_length=64) == [query]
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
-def test_file_formats(tmp_path, suffix):
-    rows = make_rows(5, seed=0)
-    file = str(tmp_path / f"data.{suffix}")
-    getattr(Dataset.from_list(rows), "to_json" if suffix == "jsonl" else f"to_{suffix}")(file)
-    assert load_rows(file) == rows
-
-
-def test_split_takes_the_same_share_of_every_expert():
-    """Stratified, disjoint, complete, the same for one seed; an expert with one query keeps it for training."""
-    queries = [
-        {"input_ids": [i], "expert_labels": label} for i, label in enumerate([0] * 40 + [1] * 20 + [2] * 2 + [3])
-    ]
-    train, evaluation = split_by_expert(queries, 0.1, seed=5)
-    assert [sum(query["expert_labels"] == label for query in evaluation) for label in range(4)] == [4, 2, 1, 0]
-    assert sorted(query["input_ids"][0] for query in train + evaluation) == list(range(63))
-    assert split_by_expert(queries, 0.1, seed=5) == (train, evaluation)
-    assert split_by_expert(queries, 0.1, seed=6) != (train, evaluation)
-
-
-def test_metrics_against_a_plain_count():
-    labels, logits = np.array([0, 0, 0, 1, 1]), np.eye(3)[[0, 2, 0, 1, 0]]
-    assert confusion_matrix(labels, logits.argmax(-1), 3).tolist() == [[2, 0, 1], [1, 1, 0], [0, 0, 0]]
-    assert recalls(confusion_matrix(labels, logits.argmax(-1), 3)) == [2 / 3, 1 / 2, None]
-    metrics = router_metrics(EvalPrediction(predictions=logits, label_ids=labels), EXPERTS)
-    assert metrics == pytest.approx(
-        {"accuracy": 0.6, "macro_recall": 7 / 12, "recall_instruct": 2 / 3, "recall_math": 0.5}
-    )
-
-
-def test_card_section_is_replaced(tmp_path):
-    """Training twice leaves one router section, the later one."""
-    card = tmp_path / "README.md"
-    card.write_text("# Merged\n\n## Use\n\nText.\n\n## Limits\n\nSome.\n")
-    metrics = {
-        **{"expert_names": ["a", "b"], "queries": 4, "accuracy": 0.75, "macro_recall": 0.75, "loss": 0.1},
-        **{"recall": {"a": 1.0, "b": None}, "confusion_matrix": [[2, 0], [0, 0]], "training": {"queries": 9}},
-    }
-    add_to_card(card, metrics)
-    once = card.read_text()
-    add_to_card(card, metrics)
-    assert card.read_text() == once
-    assert once.count("## Router") == 1 and "| b | 0 | 0 | - |" in once and once.endswith("## Limits\n\nSome.\n")
-    assert evaluation_tables(metrics)[-1] == "accuracy 0.750, macro recall 0.750 on 4 queries"
 
 
 def test_yaml_values_and_overrides(tmp_path):
@@ -214,7 +298,7 @@ def test_yaml_values_and_overrides(tmp_path):
     )
     config = ["--config", str(file), "--output-dir", str(tmp_path / "out")]
     args, training_args = parse_arguments([*config, "--max-length", "7"])
-    assert (args.checkpoint, args.train_data, args.max_length) == ("merged", "train.jsonl", 7)
+    assert (args.checkpoint, args.train_data, args.max_length) == ("merged", ["train.jsonl"], 7)
     assert (training_args.learning_rate, training_args.use_cpu) == (1e-3, True)
     file.write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="unknown option 'learning_rat'"):
@@ -231,6 +315,8 @@ REQUIRED = ["--checkpoint", "merged", "--train-data", "train.jsonl"]
         (REQUIRED, "required: --output"),
         ([*REQUIRED, "--output-dir", "out", "--learning-rat", "1"], "unknown arguments: --learning-rat 1"),
         ([*REQUIRED, "--output-dir", "out", "--max-length", "0"], "max_length is 0"),
+        ([*REQUIRED, "--output-dir", "out", "--threshold", "1.5"], "threshold is 1.5, expected a probability"),
+        ([*REQUIRED, "--output-dir", "out", "--style-queries", "-1"], "style_queries is -1, expected at least 0"),
         ([*REQUIRED, "--output-dir", "out", "--learning-rate", "fast"], "invalid float value: 'fast'"),
     ],
 )
@@ -240,46 +326,16 @@ def test_bad_arguments(arguments, message, monkeypatch, tmp_path):
         parse_arguments([*arguments, "--use-cpu"])
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (
-            {"text": "one", "expert": "maths"},
-            r"row 3: unknown expert 'maths', the checkpoint has \['instruct', 'math'",
-        ),
-        ({"text": "one", "expert": None}, "row 3: unknown expert None"),
-        ({"text": "  ", "expert": "math"}, "row 3: the text is empty"),
-        ({"text": None, "expert": "math"}, "row 3: the text is empty"),
-    ],
-)
-def test_bad_rows(train, tmp_path, row, message):
-    data = write_jsonl(tmp_path / "bad.jsonl", [*make_rows(2, seed=0), row])
-    with pytest.raises(ValueError, match=f"bad.jsonl, {message}"):
+def test_bad_data_are_found_before_training(train, tmp_path, router_rows, write_jsonl):
+    """The file and the row are named, and no output appears."""
+    data = write_jsonl(tmp_path / "bad.jsonl", [*router_rows(2, seed=0), {"text": "one", "expert": "maths"}])
+    with pytest.raises(ValueError, match="bad.jsonl, row 3: unknown expert 'maths'"):
         train("--train-data", data)
     assert not (tmp_path / "routed" / "config.json").exists()
 
 
-def test_bad_messages(stored):
-    tokenizer = load_tokenizer(stored.folder)
-    for messages, problem in (
-        ([], "messages hold no query"),
-        ([{"role": "assistant", "content": "three"}], "messages hold no query"),
-        ([{"role": "user", "content": " "}], "a message has no content"),
-    ):
-        with pytest.raises(ValueError, match=f"data, row 1: {problem}"):
-            encode_rows([{"messages": messages, "expert": "math"}], "data", tokenizer, EXPERTS, max_length=64)
-
-
-def test_bad_files(train, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*nowhere\.jsonl"):
-        train("--train-data", str(tmp_path / "nowhere.jsonl"))
-    columns = write_jsonl(tmp_path / "columns.jsonl", [{"question": "one", "expert": "math"}])
-    with pytest.raises(ValueError, match=r"has the columns \['question', 'expert'\], expected 'expert', and 'text'"):
-        train("--train-data", columns)
-
-
-def test_experts_without_queries_and_shared_queries_are_warned_of(train, tmp_path, caplog):
-    rows = [row for row in make_rows(30, seed=0) if row["expert"] != "code"]
+def test_experts_without_queries_and_shared_queries_are_warned_of(train, tmp_path, router_rows, write_jsonl, caplog):
+    rows = [row for row in router_rows(30, seed=0) if row["expert"] != "code"]
     data = write_jsonl(tmp_path / "partial.jsonl", rows)
     train("--train-data", data, "--eval-data", data, "--max-steps", "1")
     assert "no training query names expert code" in caplog.text
