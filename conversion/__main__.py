@@ -134,6 +134,61 @@ def export(
     typer.echo(f"Expert {expert}: {out}")
 
 
+@app.command("add-expert")
+def add_expert(
+    checkpoint: Checkpoint,
+    expert: Annotated[
+        str,
+        typer.Argument(
+            metavar="EXPERT", help="Fine-tune or LoRA adapter of the same base, or an adapter of one of the experts."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder of the new checkpoint; must be new or empty.")],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name of the expert.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Exchange the expert that has this name.")] = False,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            help="Reuse a stored row that is off by at most this share of the expert's change from the base; "
+            "0: only one that is the same bit for bit."
+        ),
+    ] = 0.0,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="Base model, for adapters and --tolerance; default: as the recipe had it."),
+    ] = None,
+    overwrite: Overwrite = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+):
+    """Add an expert to a merged checkpoint, or exchange one; the others stay bit for bit as they were.
+
+    \b
+    Examples:
+      channel-merge add-expert merged user/medical-7b larger --name medical
+      channel-merge add-expert merged math-lora fixed --name math --replace
+    """
+    from conversion.add_expert import add_expert as run
+
+    added = run(
+        checkpoint,
+        expert,
+        out,
+        name,
+        base=base,
+        tolerance=tolerance,
+        replace=replace,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        progress=progress,
+    )
+    rows = added.new_rows + added.reused_rows
+    typer.echo(
+        f"{out}: expert {name} reads {added.reused_rows:,} of its {rows:,} rows where they were; "
+        f"{added.parameters:,} parameters, {added.added_parameters:+,}"
+    )
+
+
 @app.command()
 def generate(
     checkpoint: Checkpoint,
@@ -157,6 +212,9 @@ def generate(
 ):
     """Answer prompts, each by the expert that the router picks for it, in that expert's own chat template.
 
+    Before each answer stand the expert, the router's probability for it and, where the router was not sure enough, why
+    the default expert answered.
+
     \b
     Examples:
       channel-merge generate merged "What is 12 + 30?" "Translate to Chinese: good morning"
@@ -170,8 +228,7 @@ def generate(
         checkpoint, everything, expert=expert, max_new_tokens=max_new_tokens, device=device, dtype=dtype, chat=chat
     )
     for answer in answers:
-        chosen = "given" if answer.probability is None else f"{answer.probability:.3f}"
-        typer.secho(f"[{answer.expert} {chosen}] {answer.question}", bold=True)
+        typer.secho(f"[{answer.expert} {answer.choice}] {answer.question}", bold=True)
         typer.echo(answer.text.strip("\n") + "\n")
 
 
@@ -202,12 +259,15 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
 
     \b
     Options:
-      --train-data D           JSONL, JSON, Parquet or CSV file, or a Hub dataset, with the columns
-                               `text` (or chat `messages`) and `expert` (a name)   [required]
-      --eval-data E            the same; default: a tenth of the training data
+      --train-data D...        JSONL, JSON, Parquet or CSV files, or Hub datasets, with the columns `text`
+                               (or chat `messages`), `expert` (a name) and maybe `source`   [required]
+      --eval-data E...         the same; default: a tenth of the training data
       --output-dir OUT         folder of the trained checkpoint   [required]
       --overwrite              replace a model in the output folder
-      --max-length L           longest query in tokens; the rest is cut off
+      --augment false          train on the queries as they are, without a variant of each `text`
+      --threshold P            probability below which the default expert answers
+      --max-length L           of a longer query the router reads the first and the last half of so many tokens
+      --cache-features false   compute what the router reads in every epoch again: slow, but in little memory
       --config F.yaml          values of any of these options
     and every option of transformers.TrainingArguments, such as --num-train-epochs 3, --learning-rate 1e-2 or
     --per-device-train-batch-size 16.
@@ -216,12 +276,15 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
     Example:
       channel-merge train-router merged --train-data train.jsonl --eval-data eval.jsonl --output-dir routed
     """
+    from accelerate import PartialState
     from rich.console import Console
 
-    from conversion.train_router import evaluation_tables, main
+    from conversion.router_metrics import evaluation_tables
+    from conversion.train_router import main
 
     metrics = main(["--checkpoint", checkpoint, *context.args])
-    Console().print(*evaluation_tables(metrics), sep="\n")
+    if PartialState().is_main_process:
+        Console().print(*evaluation_tables(metrics), sep="\n")
 
 
 def is_expected(error: Exception) -> bool:

@@ -158,6 +158,10 @@ class ExpertReader:
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
+    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "ExpertReader":
+        """A reader of its own with the same checkpoint's name and layout."""
+        return ExpertReader(self.name, tensors, self.transposed)
+
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter as it is stored, in its stored dtype."""
         tensor = self.tensors[name]

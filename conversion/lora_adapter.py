@@ -46,15 +46,17 @@ logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 16
 KEY_PREFIX = "base_model.model."
+MERGED_KEY_PREFIX = KEY_PREFIX + "model."  # the merged model wraps the base architecture
+MERGED_EXPERT = "merged_expert"  # the setting that names the expert of a merged model that an adapter is of
 
 # Settings that are read here, or that change nothing once the adapter is trained. Any other that is set is refused.
 KNOWN_SETTINGS = frozenset(
     """
     alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
     fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save modules_to_tie peft_type
-    peft_version qalora_group_size r rank_pattern revision runtime_config target_modules target_modules_to_tie
-    task_type trainable_token_indices use_dora use_rslora
+    lora_bias lora_dropout lora_ga_config megatron_config megatron_core merged_expert modules_to_save modules_to_tie
+    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
+    target_modules_to_tie task_type trainable_token_indices use_dora use_rslora
     """.split()
 )
 # Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and others do not.
@@ -91,6 +93,7 @@ class AdapterConfig:
     base_model: str | None
     modules_to_save: tuple[str, ...]
     token_indices: Mapping[str, list[int]] | list[int] | None  # by module, or the embedding's
+    merged_expert: str | None = None  # the expert of a merged model that was adapted, and not the base
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.rank)
@@ -160,6 +163,7 @@ def read_adapter_config(source: Source) -> AdapterConfig:
             base_model=values.get("base_model_name_or_path"),
             modules_to_save=tuple(values.get("modules_to_save") or ()),
             token_indices=values.get("trainable_token_indices"),
+            merged_expert=values.get(MERGED_EXPERT),
         )
     except (KeyError, TypeError, ValueError, AttributeError, re.error):
         shown = ", ".join(f"{key} {values.get(key)!r}" for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"))
@@ -207,7 +211,7 @@ class LoraReader:
         self.patches = dict(patches)
         known = {**base.tensors, **{head: base.tensors[embedding] for head, embedding in tied.items()}}
         self.tensors = {name: self._merged(known[name], name, adapter) for name in known}
-        self._base = ExpertReader(base.name, known, base.transposed)
+        self._base = base.with_tensors(known)
         turned = [patch.up for patch in patches.values() if patch.embedding]
         turned += [patch.whole for parameter, patch in patches.items() if patch.whole and parameter in base.transposed]
         self._adapter = ExpertReader(name, adapter, turned)
@@ -312,11 +316,13 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def read_adapter(source: Source, inner: PreTrainedModel) -> tuple[dict[str, StoredTensor], dict[str, dict[str, str]]]:
+def read_adapter(
+    source: Source, inner: PreTrainedModel, prefix: str = KEY_PREFIX
+) -> tuple[dict[str, StoredTensor], dict[str, dict[str, str]]]:
     """An adapter's tensors by name, and by parameter: name -> what a tensor is to it -> the tensor's name."""
     try:
         adapter = read_headers(source.folder, ADAPTER_FORMATS)
-        parts = by_parameter_name(inner, _parts_by_parameter(adapter))
+        parts = by_parameter_name(inner, _parts_by_parameter(adapter, prefix))
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from None
     if not adapter:
@@ -331,7 +337,7 @@ def read_adapter(source: Source, inner: PreTrainedModel) -> tuple[dict[str, Stor
 
 def saved_rows(source: Source, inner: PreTrainedModel, name: str) -> int | None:
     """How many rows a matrix of the base has in the adapter that saves it whole; None where it does not."""
-    read_adapter_config(source)
+    _refuse_merged_expert(source, read_adapter_config(source))
     adapter, parts = read_adapter(source, inner)
     found, _, _ = match_names(parts, [name], inner.base_model_prefix)
     whole = parts[found[name]].get("whole") if found else None
@@ -349,9 +355,9 @@ def adapter_reader(
     """Check an adapter's config and headers against the base; the reader of the model that it makes.
 
     Args:
-        source: the adapter.
+        source: the adapter, of a base model or of an expert of a merged one.
         base: the model that it adapts.
-        base_reader: that model's reader.
+        base_reader: that model's reader, or that expert's.
         inner: the base architecture on the meta device.
         modules: what becomes of its modules.
         shapes: parameter name -> shape that the adapted model must have.
@@ -361,7 +367,7 @@ def adapter_reader(
     """
     config = read_adapter_config(source)
     compare_base_names(config, source, base)
-    adapter, parts = read_adapter(source, inner)
+    adapter, parts = read_adapter(source, inner, KEY_PREFIX if config.merged_expert is None else MERGED_KEY_PREFIX)
     heads = {
         f"{path}.weight": f"{module.tied_to}.weight" for path, module in modules.channel.items() if module.tied_to
     }
@@ -485,13 +491,21 @@ class PatchBuilder:
             )
 
 
-def _parts_by_parameter(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+def _refuse_merged_expert(source: Source, config: AdapterConfig) -> None:
+    if config.merged_expert is not None:
+        raise ValueError(
+            f"{source.name}: {source.model} adapts the expert {config.merged_expert!r} of a channel-merged "
+            "checkpoint and not a base model: fold it into that checkpoint with channel-merge add-expert"
+        )
+
+
+def _parts_by_parameter(keys: Iterable[str], prefix: str) -> dict[str, dict[str, str]]:
     """Parameter name, as the adapter has it -> what each of its tensors is to it -> the tensor's name."""
     parts: dict[str, dict[str, str]] = {}
     for key in keys:
         if any(copy in key for copy in UNREAD_COPIES):
             continue
-        path = key.removeprefix(KEY_PREFIX)
+        path = key.removeprefix(prefix)
         ending = next((ending for ending in PARTS if path.endswith(ending)), None)
         if ending is None:
             parts.setdefault(path, {})["whole"] = key

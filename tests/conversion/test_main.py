@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from conversion.__main__ import DEBUG_VARIABLE, error_line, main
 
-COMMANDS = ["convert", "inspect", "export", "generate", "push", "train-router"]
+COMMANDS = ["convert", "inspect", "export", "add-expert", "generate", "push", "train-router"]
 
 
 @pytest.fixture
@@ -96,6 +97,22 @@ def test_export(run, stored, tmp_path):
     assert torch.equal(model.lm_head.weight, stored.experts[1]["lm_head.weight"])
     assert run("export", stored.folder, "--expert", "code", tmp_path / "out")[0] == 2
     assert run("export", stored.folder, "--expert", "code", tmp_path / "out", "--overwrite")[0] == 0
+
+
+def test_add_expert(run, stored, tmp_path):
+    assert run("export", stored.folder, "--expert", "math", tmp_path / "math")[0] == 0
+    command = ("add-expert", stored.folder, tmp_path / "math", tmp_path / "out", "--no-progress")
+    code, out, err = run(*command, "--name", "twin")
+    assert code == 0 and re.search(r"expert twin reads (\d+) of its \1 rows where they were", out) and not err
+    code, out, err = run(*command, "--name", "math")
+    assert code == 2 and not out and "is not empty" in err
+    code, out, err = run(*command, "--name", "math", "--overwrite")
+    assert code == 2 and "has an expert 'math'" in err and "--replace" in err and err.count("\n") == 1
+    code, out, err = run(*command, "--name", "math", "--overwrite", "--replace", "--tolerance", "-1")
+    assert code == 2 and "tolerance is -1.0" in err
+    code, out, err = run(*command, "--name", "code", "--overwrite", "--replace")
+    assert code == 0 and "expert code reads" in out
+    assert run("inspect", tmp_path / "out")[0] == 0
 
 
 def test_convert_then_export(run, make_experts, write_recipe, tmp_path):
@@ -198,7 +215,7 @@ def test_train_router(run, stored, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ("--train-data", data, "--output-dir", tmp_path / "out", "--max-steps", "2", "--disable-tqdm", "true")
     code, out, _ = run("train-router", stored.folder, *options, "--use-cpu")
-    assert code == 0 and "picked expert" in out and "macro recall" in out
+    assert code == 0 and "picked expert" in out and "macro accuracy" in out
     assert (tmp_path / "out" / "router_eval.json").is_file()
     code, _, err = run("train-router", stored.folder, *options, "--use-cpu")
     assert code == 2 and "holds a model" in err

@@ -1,0 +1,211 @@
+"""Fine-tuning one expert inside a merged model, with PEFT's LoRA.
+
+    from peft import LoraConfig
+    model = AutoModelForCausalLM.from_pretrained("merged", trust_remote_code=True)
+    peft_model = adapt_expert(model, "math", LoraConfig(r=16, lora_alpha=32))
+    ...                                                    # Trainer, or any loop: an ordinary PeftModel
+    peft_model.save_pretrained("math-lora")
+
+    channel-merge add-expert merged math-lora fixed --name math --replace
+
+Stored rows are shared: a LoRA of `<module>.rows`, which PEFT would make of "all-linear", changes every expert that
+reads them. The LoRA made here is one of an expert's channels, as if the expert were a model of its own, and is added
+only to the batch rows that this expert runs: in memory no other expert changes, and `add-expert` gives the expert rows
+of its own where the adapter made them differ.
+
+Shapes: B batch, O channels, I inputs, r rank.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from conversion.lora_adapter import MERGED_EXPERT
+from conversion.model_source import ADAPTER_CONFIG
+
+TASK_TYPE = "CAUSAL_LM"
+ALL_LINEAR = "all-linear"
+
+# Settings of a LoRA that may differ from PEFT's default. Any other one would train parameters that experts share, or
+# reads the weights that it adapts, which are no plain matrix here.
+FREE_SETTINGS = frozenset(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode init_lora_weights layers_pattern
+    layers_to_transform lora_alpha lora_dropout merged_expert peft_version r rank_pattern revision target_modules
+    task_type use_rslora
+    """.split()
+)
+INITIALISATIONS = (True, False, "gaussian")
+
+
+@dataclass
+class ExpertLoraConfig(LoraConfig):
+    """LoRA of one expert of a merged model; `adapt_expert` makes it.
+
+    Args:
+        merged_expert: the expert's name.
+    """
+
+    merged_expert: str | None = None
+
+    def bind(self, model: nn.Module):
+        """Let PEFT make an `ExpertLora` of the linear maps of this model."""
+        self.expert_index = model.config.expert_id(self.merged_expert)
+        # The model's class may be this package's, or that of the code beside its weights.
+        classes = {type(module) for module in model.modules() if is_merged_linear(module)}
+        self._register_custom_module(dict.fromkeys(classes, ExpertLora))
+
+
+class ExpertLora(LoraLinear):
+    """LoRA of a `ChannelMergedLinear` in its channels, added to the batch rows of one expert.
+
+    Tensors: lora_A (r, I), lora_B (O, r), as of the plain model that the expert's export is.
+    """
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs):
+        """Part of adding an adapter: it must be one of an expert."""
+        if not isinstance(config, ExpertLoraConfig):
+            raise ValueError(f"adapter {adapter_name!r} is no LoRA of an expert: add it with adapt_expert")
+        self._experts = {**getattr(self, "_experts", {}), adapter_name: config.expert_index}
+        super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
+
+    def merge(self, *args, **kwargs):
+        raise ValueError(
+            "a LoRA of one expert cannot be merged into rows that experts share: save it, and fold it into the "
+            "checkpoint with `channel-merge add-expert CHECKPOINT ADAPTER OUT --name NAME --replace`"
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, *, I) or flattened (B * T, I) -> the same leading dimensions with O channels."""
+        output = self.base_layer(hidden_states)
+        if self.disable_adapters:
+            return output
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                output = self._add(adapter, hidden_states, output)
+        return output
+
+    def _add(self, adapter: str, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """`output` with one adapter's part, where its expert runs."""
+        layers = sys.modules[type(self.get_base_layer()).__module__]
+        active, expert = layers.active_experts(), self._experts[adapter]
+        if active.expert is not None and active.expert != expert:
+            return output
+        inputs = self._cast_input_dtype(hidden_states, self.lora_A[adapter].weight.dtype)
+        delta = self.lora_B[adapter](self.lora_A[adapter](self.lora_dropout[adapter](inputs))) * self.scaling[adapter]
+        if active.expert is None:
+            runs = (active.expert_index == expert).to(delta.device)  # (B,)
+            # In a batch that was flattened, each row of the batch is several.
+            runs = runs.repeat_interleave(len(delta) // len(runs))
+            delta = delta * runs.view(-1, *[1] * (delta.dim() - 1))
+        return (output + delta).to(output.dtype)
+
+
+def adapt_expert(model: nn.Module, expert: str, adapter: LoraConfig | str | Path) -> PeftModel:
+    """An ordinary PeftModel that trains one expert of a merged model; its other experts stay as they are.
+
+    A call of its `forward` that names no `expert_index` runs this expert; `generate` routes as ever.
+
+    Args:
+        model: `ChannelMergedForCausalLM`. PEFT changes it in place.
+        expert: name of the expert.
+        adapter: rank, alpha, dropout, target modules and so on; or the folder of an adapter of this expert, to go on
+            with it. By default all linear maps of the decoder blocks are adapted.
+
+    Raises:
+        ValueError: no such expert, a setting that would reach what experts share, or a target that is no linear map
+            of the decoder blocks.
+    """
+    if getattr(model.config, "model_type", None) != "channel_merged":
+        raise ValueError(f"{type(model).__name__} is no channel-merged model: give PEFT's get_peft_model any other")
+    model.config.expert_id(expert)
+    config = adapter if isinstance(adapter, LoraConfig) else read_config(Path(adapter), expert)
+    values = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
+    check_settings(values)
+    values |= {"task_type": TASK_TYPE, "target_modules": values["target_modules"] or ALL_LINEAR}
+    values["inference_mode"] = False  # a saved adapter says the opposite, and would not train
+    if values["target_modules"] == ALL_LINEAR:
+        values["target_modules"] = sorted({path.rpartition(".")[2] for path in block_linears(model)})
+    config = ExpertLoraConfig(**values, **{MERGED_EXPERT: expert})
+    check_targets(model, config)
+    config.bind(model)
+    peft_model = get_peft_model(model, config)
+    # PEFT calls the merged model's `forward` itself, so this hook is on the layer between.
+    peft_model.base_model.register_forward_pre_hook(_run_adapted_expert, with_kwargs=True)
+    if not isinstance(adapter, LoraConfig):
+        peft_model.load_adapter(str(adapter), "default", is_trainable=True)
+    return peft_model
+
+
+def read_config(folder: Path, expert: str) -> LoraConfig:
+    """The settings of an adapter of this expert."""
+    try:
+        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ValueError(f"{ADAPTER_CONFIG} of {folder} cannot be read") from None
+    adapted = values.get(MERGED_EXPERT)
+    if adapted != expert:
+        whose = "a base model" if adapted is None else f"the expert {adapted!r}"
+        raise ValueError(f"{folder} is an adapter of {whose}, expected one of the expert {expert!r}")
+    known = {field.name for field in fields(LoraConfig) if field.init}
+    return LoraConfig(**{key: value for key, value in values.items() if key in known})
+
+
+def check_settings(values: dict[str, object]):
+    """ValueError for a setting that does more than add a low-rank product to a linear map."""
+    defaults = LoraConfig()
+    for name, value in values.items():
+        if name not in FREE_SETTINGS and value != getattr(defaults, name):
+            raise ValueError(
+                f"{name} is {value!r}, expected {getattr(defaults, name)!r}: it does not stay inside one expert's rows"
+            )
+    if values["init_lora_weights"] not in INITIALISATIONS:
+        raise ValueError(f"init_lora_weights is {values['init_lora_weights']!r}, expected one of {INITIALISATIONS}")
+    if values["task_type"] not in (None, TASK_TYPE):
+        raise ValueError(f"task_type is {values['task_type']!r}, expected {TASK_TYPE!r}")
+
+
+def check_targets(model: nn.Module, config: LoraConfig):
+    """ValueError unless the targets are linear maps of the decoder blocks, and there are some."""
+    linears = block_linears(model)
+    targets = [path for path, _ in model.named_modules() if check_target_module_exists(config, path)]
+    for path in targets:
+        if path not in linears:
+            raise ValueError(
+                f"target_modules {config.target_modules!r} reaches {path}, which is no linear map of the decoder "
+                f"blocks: name such as {sorted({path.rpartition('.')[2] for path in linears})}"
+            )
+    if not targets:
+        raise ValueError(
+            f"target_modules {config.target_modules!r} finds no module: "
+            f"there are {sorted({path.rpartition('.')[2] for path in linears})}"
+        )
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Paths of the merged linear maps but the head."""
+    head = model.get_output_embeddings()
+    return [path for path, module in model.named_modules() if is_merged_linear(module) and module is not head]
+
+
+def is_merged_linear(module: nn.Module) -> bool:
+    return type(module).__name__ == "ChannelMergedLinear"
+
+
+def _run_adapted_expert(lora_model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Name the expert that the active adapter is of, where the caller names none and no cache or router answers."""
+    free = all(kwargs.get(key) is None for key in ("expert_index", "expert_labels", "past_key_values"))
+    if free and not kwargs.get("router_only"):
+        adapter = lora_model.active_adapters[0]
+        kwargs = {**kwargs, "expert_index": lora_model.peft_config[adapter].merged_expert}
+    return args, kwargs
