@@ -11,6 +11,7 @@ from rich.table import Table
 from conversion.memory_budget import MAX_THREADS, own_modules, plan_memory
 from conversion.plan import Plan, make_plan
 from conversion.recipe import Recipe, load_recipe
+from conversion.report import format_bytes
 from conversion.shard_writer import check_target, leftover_bytes, parse_size
 
 
@@ -98,10 +99,10 @@ def free_bytes(out: Path) -> int:
 
 def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
     """The plan for a terminal."""
-    checkpoints = Table("checkpoint", "model", "tensors", "GB", title="to read, twice")
+    checkpoints = Table("checkpoint", "model", "tensors", "size", title="to read, twice")
     for checkpoint in plan["checkpoints"]:
         name, model, tensors, size = checkpoint.values()
-        checkpoints.add_row(name, model, str(tensors), f"{size / 1e9:.2f}")
+        checkpoints.add_row(name, model, str(tensors), format_bytes(size))
     modules = Table("channels of", "modules", "channels", "rows at most", "as separate models", title="merged")
     for kind, counts in plan["modules"].items():
         modules.add_row(kind, *(f"{count:,}" for count in counts.values()))
@@ -113,8 +114,8 @@ def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
         f"per expert  {copies['tensors']} tensors ({copies['parameters']:,} parameters) are copied exactly; the "
         "other tensors' rows are shared where experts are alike",
         f"output      at most {output['rows_at_most']:,} rows in {output['tensors']} tensors, "
-        f"{output['bytes_at_most'] / 1e9:.2f} GB in {output['dtype']}; "
-        f"{output['bytes_free'] / 1e9:.2f} GB are free there{room}",
-        f"memory      at most {memory['expected_peak'] / 1e9:.2f} GB of {memory['budget'] / 1e9:.2f} GB: "
-        f"{memory['threads']} threads with chunks of {memory['chunk_bytes'] / 1e6:.1f} MB",
+        f"{format_bytes(output['bytes_at_most'])} in {output['dtype']}; "
+        f"{format_bytes(output['bytes_free'])} are free there{room}",
+        f"memory      at most {format_bytes(memory['expected_peak'])} of {format_bytes(memory['budget'])}: "
+        f"{memory['threads']} threads with chunks of {format_bytes(memory['chunk_bytes'])}",
     ]
