@@ -25,8 +25,7 @@ test: $(TEST_VENV)/installed
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 bench: $(TEST_VENV)/installed
-	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --sections one --shapes 322M --batches 1 --new-tokens 16 \
-		--repetitions 2 $(BENCH_ARGS)
+	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --new-tokens 24 $(BENCH_ARGS)
 
 # In the environment of the tests, for it has mergekit.
 bench-conversion: $(TEST_VENV)/installed
@@ -52,7 +51,7 @@ define install
 endef
 
 $(DEMO_VENV)/installed: pyproject.toml constraints.txt
-	$(call install)
+	$(call install,[plot])
 
 $(TEST_VENV)/installed: pyproject.toml constraints.txt
 	$(call install,[lint$(comma)test])
