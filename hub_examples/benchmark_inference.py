@@ -224,8 +224,10 @@ class Setting:
         return {"shape": self.shape, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def measure(self, contenders: dict[str, Parts]) -> dict[str, Speed]:
-        config = base_config(self.shape)
-        return measure(contenders, config, self.prompt, self.new_tokens, self.repetitions, self.device)
+        """Large batches, whose prefill takes long and varies little, repeat it less often."""
+        batch = sum(rows for _, rows in next(iter(contenders.values())))
+        repetitions = max(1, self.repetitions // batch)
+        return measure(contenders, base_config(self.shape), self.prompt, self.new_tokens, repetitions, self.device)
 
     def dense(self) -> nn.Module:
         return dense_model(base_config(self.shape), self.dtype, self.device)
@@ -252,6 +254,7 @@ def one_expert(setting: Setting, batches: list[int]) -> Iterator[dict]:
         yield {
             **setting.labels,
             "batch": batch,
+            "prompt": setting.prompt,
             "dense prefill": base.prefill,
             "dense decode": base.decode,
             "ceiling": ceiling * batch,
@@ -292,7 +295,7 @@ def mixed_batch(setting: Setting, batches: list[int]) -> Iterator[dict]:
             "LoRA": [(lambda *args, names=adapters, **kwargs: adapted(*args, adapter_names=names, **kwargs), batch)],
         }
         speeds = setting.measure(contenders)
-        result = {**setting.labels, "batch": batch}
+        result = {**setting.labels, "batch": batch, "prompt": setting.prompt}
         for name in ("dense each", "dense whole", "LoRA"):
             result[f"prefill / {name}"] = speeds["merged"].prefill / speeds[name].prefill
             result[f"decode / {name}"] = speeds["merged"].decode / speeds[name].decode
@@ -423,6 +426,7 @@ def main():
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes of one expert")
     parser.add_argument("--mixed-batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--mixed-prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--num-experts", type=int, default=4)
@@ -436,12 +440,13 @@ def main():
         "experts": by_number_of_experts,
     }
     console = Console(width=200)
-    report = {**environment(args.device), "prompt": args.prompt, "bandwidth_gb_s": bandwidth(args.device) / 1e9}
+    report = {**environment(args.device), **vars(args), "bandwidth_gb_s": bandwidth(args.device) / 1e9}
     for section in args.sections:
         report[section] = []
         for shape, dtype in itertools.product(args.shapes, args.dtypes):
+            prompt = args.mixed_prompt if section == "mixed" else args.prompt
             setting = Setting(
-                shape, getattr(torch, dtype), args.prompt, args.new_tokens, args.repetitions, args.device,
+                shape, getattr(torch, dtype), prompt, args.new_tokens, args.repetitions, args.device,
                 args.num_experts,
             )  # fmt: skip
             for result in sections[section](setting):
