@@ -21,7 +21,7 @@ class ActiveExperts:
     Attributes:
         expert: index of the one expert that the whole batch uses, or None for a mixed batch.
         expert_index: (B,) int64 expert of each batch row; None when `expert` is given.
-        order: (B,) int64 batch rows sorted by expert, and `restore`, its inverse; None where the index was not read.
+        order: (B,) int64 batch rows sorted by expert; None where the index was not read.
         counts: (expert, number of batch rows) along `order`.
         trunk_only: the pass only makes the router's features and stops after its blocks.
     """
@@ -29,7 +29,6 @@ class ActiveExperts:
     expert: int | None
     expert_index: torch.LongTensor | None = None
     order: torch.LongTensor | None = field(default=None, repr=False)
-    restore: torch.LongTensor | None = field(default=None, repr=False)
     counts: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     trunk_only: bool = False
 
@@ -39,8 +38,7 @@ class ActiveExperts:
         counts = sorted(Counter(expert_index.tolist()).items())
         if len(counts) == 1:
             return cls(counts[0][0])
-        order = expert_index.argsort(stable=True)
-        return cls(None, expert_index, order, order.argsort(), tuple(counts))
+        return cls(None, expert_index, expert_index.argsort(stable=True), tuple(counts))
 
     @classmethod
     def mixed(cls, expert_index: torch.LongTensor) -> "ActiveExperts":

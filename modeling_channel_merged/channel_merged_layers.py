@@ -48,6 +48,9 @@ def initial_channel_index(num_experts: int, num_channels: int, num_rows: int) ->
             f"{num_rows} rows cannot hold {num_channels} channels of {num_experts} experts: "
             f"expected 1 to {num_channels * num_experts}"
         )
+    index = torch.empty(num_experts, num_channels, dtype=torch.int32)
+    if index.is_meta:  # while loading: the checkpoint has the values
+        return index
     extra = max(0, num_rows - num_channels)
     starts = [round(expert * extra / max(1, num_experts - 1)) for expert in range(num_experts)]
     index = torch.tensor(starts, dtype=torch.int32)[:, None] + torch.arange(num_channels, dtype=torch.int32)
@@ -192,9 +195,8 @@ class ChannelMergedLinear(ChannelIndexed):
 
     def _per_expert(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
         """Each expert multiplies its own batch rows."""
-        order, restore = active.order.to(hidden_states.device), active.restore.to(hidden_states.device)
-        weight, bias = self.rows.weight, self.rows.bias
-        return grouped_linear(hidden_states[order], weight, bias, self.derived.runs, active.counts)[restore]
+        order = active.order.to(hidden_states.device)
+        return grouped_linear(hidden_states, self.rows.weight, self.rows.bias, self.derived.runs, active.counts, order)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"

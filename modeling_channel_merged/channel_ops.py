@@ -288,21 +288,26 @@ def grouped_linear(
     bias: torch.Tensor | None,
     runs: tuple[ExpertRuns, ...],
     counts: tuple[tuple[int, int], ...],
+    order: torch.LongTensor,
 ) -> torch.Tensor:
-    """Mixed batch whose rows are sorted by expert: each expert multiplies its own batch rows.
+    """Mixed batch of many tokens: each expert multiplies its own batch rows.
 
     Args:
-        hidden_states: (B, *, I), batch rows sorted by expert.
+        hidden_states: (B, *, I).
         weight: (R, I); bias: (R,) or None.
-        counts: (expert, number of batch rows) in the order of the batch.
+        counts: (expert, number of its batch rows), in the order of `order`.
+        order: (B,) batch rows sorted by expert.
 
     Returns:
-        (B, *, O) in the same order.
+        (B, *, O).
     """
-    parts = hidden_states.split([count for _, count in counts])
-    experts = [expert for expert, _ in counts]
-    outputs = [run_linear(part, weight, bias, runs[expert]) for part, expert in zip(parts, experts, strict=True)]
-    return torch.cat(outputs)
+    outputs = None
+    for (expert, _), batch_rows in zip(counts, order.split([count for _, count in counts]), strict=True):
+        output = run_linear(hidden_states[batch_rows], weight, bias, runs[expert])
+        if outputs is None:
+            outputs = output.new_empty(len(hidden_states), *output.shape[1:])
+        outputs[batch_rows] = output
+    return outputs
 
 
 def gather_channels(

@@ -157,7 +157,7 @@ class TestProducts:
             assert torch.equal(ours, expected)
             assert torch.equal(gather_channels(F.linear(hidden, weight, some_bias), index, experts), expected)
             counts = tuple((expert, 1) for expert in range(num_experts))
-            assert torch.equal(grouped_linear(hidden, weight, some_bias, all_runs, counts), expected)
+            assert torch.equal(grouped_linear(hidden, weight, some_bias, all_runs, counts, experts), expected)
 
     @pytest.mark.parametrize("short_gap", [0, 9, 1000])
     @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
@@ -259,13 +259,21 @@ class TestProducts:
         for row, expert, output in zip(hidden, experts.tolist(), expected, strict=True):
             assert torch.equal(run_linear(row, weight, bias, all_runs[expert]), output)
 
-    def test_sorted_batch(self):
-        """Several batch rows per expert, an expert without any, and experts in any order."""
+    @pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+    def test_grouped_batch(self, gradients):
+        """Several batch rows per expert in any order, and an expert without any."""
         weight, bias, index = random_matrix(5, 63, 20, 11, integers=True)
         hidden = torch.randint(-2, 3, (6, 2, 20), generator=torch.Generator().manual_seed(12)).float()
-        expected = reference_linear(hidden, weight, bias, index, torch.tensor([4, 4, 4, 0, 2, 2]))
-        counts = ((4, 3), (0, 1), (2, 2))
-        assert torch.equal(grouped_linear(hidden, weight, bias, expert_runs(index), counts), expected)
+        hidden.requires_grad_(gradients)
+        experts = torch.tensor([4, 0, 2, 4, 4, 2])
+        expected = reference_linear(hidden, weight, bias, index, experts)
+        counts, order = ((0, 1), (2, 2), (4, 3)), experts.argsort(stable=True)
+        with torch.set_grad_enabled(gradients):
+            outputs = grouped_linear(hidden, weight, bias, expert_runs(index), counts, order)
+        assert torch.equal(outputs, expected)
+        if gradients:
+            ours, theirs = (torch.autograd.grad(output.sum(), hidden)[0] for output in (outputs, expected))
+            assert torch.equal(ours, theirs)
 
 
 class TestWithoutOnednn:
