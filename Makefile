@@ -25,7 +25,8 @@ test: $(TEST_VENV)/installed
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
 bench: $(TEST_VENV)/installed
-	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --new-tokens 24 $(BENCH_ARGS)
+	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --mixed-batches 8 --new-tokens 16 \
+		--repetitions 2 $(BENCH_ARGS)
 
 # In the environment of the tests, for it has mergekit.
 bench-conversion: $(TEST_VENV)/installed

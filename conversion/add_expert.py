@@ -23,7 +23,7 @@ from tqdm import tqdm
 from conversion.addition_files import ROUTER_PREFIX, extended_config, merged_parameters, write_files
 from conversion.addition_plan import Addition, check_out, plan_addition
 from conversion.addition_rows import chunks_of, match_module, output_tensors, write_tensors
-from conversion.convert import check_tied_head
+from conversion.grouping_pass import check_tied_head
 from conversion.memory_budget import CHUNK_BYTES
 from conversion.plan import check_disk_space
 from conversion.shard_writer import ShardWriter, StagedFolder, check_target, parse_size

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from conversion.addition_plan import Addition
 from conversion.channel_grouping import BIT_VIEWS
-from conversion.convert import check_tensor_finite, stored_name, write_copy
+from conversion.grouping_pass import check_tensor_finite
 from conversion.merged_checkpoint import MergedCheckpoint
+from conversion.merging_pass import stored_name, write_copy
 from conversion.row_layout import RowLayout
 from conversion.shard_writer import ShardWriter, TensorSpec
 from conversion.stored_expert import read_rows_at

@@ -19,7 +19,7 @@ from conversion.vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 
 if TYPE_CHECKING:
-    from conversion.convert import GroupedModule
+    from conversion.module_rows import GroupedModule
 
 logger = logging.getLogger(__name__)
 

@@ -175,7 +175,9 @@ def copies_rows(num_tokens: int, hidden_states: torch.Tensor, runs: ExpertRuns) 
         return num_tokens > FEW_TOKENS
     if hidden_states.device.type != "cpu":
         return False
-    return num_tokens >= (4 * COPY_MIN_TOKENS if hidden_states.dtype in MKL_DTYPES else COPY_MIN_TOKENS)
+    if hidden_states.dtype in MKL_DTYPES:
+        return num_tokens >= 8 * COPY_MIN_TOKENS
+    return num_tokens >= max(COPY_MIN_TOKENS, hidden_states.shape[-1] // 4)
 
 
 def choose(outputs: torch.Tensor, gather: torch.LongTensor | None) -> torch.Tensor:
@@ -230,7 +232,7 @@ def weight_comes_first(num_tokens: int, hidden_states: torch.Tensor) -> bool:
     if hidden_states.device.type != "cpu":
         return False
     if hidden_states.dtype in MKL_DTYPES:
-        return num_tokens <= HALVES_MAX_TOKENS or 16 <= num_tokens <= 256
+        return num_tokens <= HALVES_MAX_TOKENS or 16 <= num_tokens <= 512
     return num_tokens == 1 or 32 <= num_tokens < 256
 
 

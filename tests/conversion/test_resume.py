@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from conversion import convert as convert_module
+from conversion import grouping_pass
 from conversion.convert import convert
 from conversion.expert_reader import read_header
 from conversion.recipe import Recipe, load_recipe
@@ -76,13 +77,13 @@ def whole(run, work) -> dict[str, bytes]:
 @pytest.fixture
 def grouped(monkeypatch) -> list[str]:
     """The modules that were grouped."""
-    paths, group_module = [], convert_module.group_module
+    paths, group_module = [], grouping_pass.group_module
 
     def count(plan, blocks, path, bar):
         paths.append(path)
         return group_module(plan, blocks, path, bar)
 
-    monkeypatch.setattr(convert_module, "group_module", count)
+    monkeypatch.setattr(grouping_pass, "group_module", count)
     return paths
 
 
@@ -113,7 +114,7 @@ def stop_at(monkeypatch, owner, name: str, call: int, error: BaseException):
 
 
 STOPS = {
-    "in the first pass": (convert_module, "group_module", 5),
+    "in the first pass": (grouping_pass, "group_module", 5),
     "early in the second pass": (ShardWriter, "write", 30),
     "late in the second pass": (ShardWriter, "write", 90),
     "before the last files": (convert_module, "write_hub_files", 1),
@@ -323,13 +324,13 @@ def test_a_shortened_input_is_refused(run, work, tmp_path):
 
 def test_an_input_that_shrinks_while_it_is_read_is_refused(run, work, tmp_path, monkeypatch):
     file = tmp_path / "in" / "expert2" / "model.safetensors"
-    group_module = convert_module.group_module
+    group_module = grouping_pass.group_module
 
     def shorten(*args):
         os.truncate(file, 5000)
         return group_module(*args)
 
-    monkeypatch.setattr(convert_module, "group_module", shorten)
+    monkeypatch.setattr(grouping_pass, "group_module", shorten)
     with pytest.raises(ValueError, match="e2: .*ended .* bytes early"):
         run()
     assert not list(work.iterdir())
