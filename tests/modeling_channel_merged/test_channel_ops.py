@@ -26,7 +26,8 @@ from modeling_channel_merged.channel_ops import (
 
 SIZES = [1, 63, 100]
 # Of one product: one to each side of every number that decides its path.
-TOKENS = [1, 2, HALVES_MAX_TOKENS, 5, FEW_TOKENS, FEW_TOKENS + 1, 40, COPY_MIN_TOKENS, 3 * COPY_MIN_TOKENS, 8 * COPY_MIN_TOKENS]
+MANY = [COPY_MIN_TOKENS, 3 * COPY_MIN_TOKENS, 8 * COPY_MIN_TOKENS]
+TOKENS = [1, 2, HALVES_MAX_TOKENS, 5, FEW_TOKENS, FEW_TOKENS + 1, 40, *MANY]
 NUM_EXPERTS = [2, 3, 4, 5]
 
 
