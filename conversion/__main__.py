@@ -187,6 +187,8 @@ def add_expert(
         f"{out}: expert {name} reads {added.reused_rows:,} of its {rows:,} rows where they were; "
         f"{added.parameters:,} parameters, {added.added_parameters:+,}"
     )
+    if not replace:
+        typer.echo(f"The router does not pick {name} yet: give train-router queries of all experts.")
 
 
 @app.command()
@@ -264,6 +266,8 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
       --eval-data E...         the same; default: a tenth of the training data
       --output-dir OUT         folder of the trained checkpoint   [required]
       --overwrite              replace a model in the output folder
+      --style-queries N        generated queries to add for each expert named instruct, math, code or chinese, at most
+                               three times its own; 0: none [default: 1000]
       --augment false          train on the queries as they are, without a variant of each `text`
       --threshold P            probability below which the default expert answers
       --max-length L           of a longer query the router reads the first and the last half of so many tokens

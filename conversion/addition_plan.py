@@ -98,6 +98,11 @@ def plan_addition(
             raise ValueError(
                 f"{name}: {expert} adapts the expert {adapted!r}, but {checkpoint} has {old.expert_names}"
             )
+        if replace and adapted is not None and adapted != name:
+            raise ValueError(
+                f"{expert} adapts the expert {adapted!r}, expected one of {name!r}, which it is to replace: give "
+                f"--name {adapted}, or a new name without --replace"
+            )
     base_source = None
     if base is not None or tolerance > 0 or (source.is_adapter and adapted is None):
         base_source = find_base(old, base)

@@ -180,7 +180,7 @@ def compare_base_names(config: AdapterConfig, source: Source, base: Source) -> N
     theirs, ours = (Path(name).name.lower() for name in (config.base_model, base.repository))
     if theirs != ours:
         logger.warning(
-            "expert %r is an adapter of %s, the recipe's base is %s: make sure that they are the same model",
+            "expert %r is an adapter of %s, here it is put on %s: make sure that they are the same model",
             source.name,
             config.base_model,
             base.model,

@@ -77,6 +77,13 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(1 / middle)
 
 
+def useful_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """`fit_temperature` where that lowers the calibration error, else 1.0: few queries, all right, tell little."""
+    temperature = fit_temperature(logits, labels)
+    errors = [expected_calibration_error(logits, labels, value) for value in (1.0, temperature)]
+    return temperature if errors[1] < errors[0] else 1.0
+
+
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_experts: int) -> np.ndarray:
     """Queries by right expert (row) and picked expert (column): (N, N) int64, from two (B,) arrays."""
     matrix = np.zeros((num_experts, num_experts), dtype=np.int64)
@@ -221,8 +228,8 @@ def summary(metrics: dict[str, Any]) -> str:
     calibration = metrics["calibration"]
     return (
         f"accuracy {metrics['accuracy']:.3f}, macro accuracy {metrics['macro_accuracy']:.3f} on "
-        f"{metrics['queries']:,} queries; calibration error {calibration['ece_before']:.3f}, "
-        f"{calibration['ece']:.3f} at temperature {calibration['temperature']:.3g}"
+        f"{metrics['queries']:,} queries; calibration error {calibration['ece']:.3f} at temperature "
+        f"{calibration['temperature']:.3g} ({calibration['ece_before']:.3f} without)"
     )
 
 

@@ -62,9 +62,9 @@ from conversion.router_metrics import (
     PLOT_FILE,
     add_to_card,
     evaluate_router,
-    fit_temperature,
     plot_confusion,
     router_metrics,
+    useful_temperature,
 )
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     prediction = trainer.predict(evaluation)
     router = model.config.router
-    router["temperature"] = fit_temperature(prediction.predictions, prediction.label_ids)
+    router["temperature"] = useful_temperature(prediction.predictions, prediction.label_ids)
     metrics = evaluate_router(prediction.predictions, prediction.label_ids, sources, config.expert_names, router)
     metrics["training"] = {"queries": train_queries, **dataclasses.asdict(args), "seed": training_args.seed}
     if trainer.is_world_process_zero():

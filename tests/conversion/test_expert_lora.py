@@ -311,6 +311,12 @@ def test_an_adapter_of_another_checkpoint_is_refused(write_checkpoint, adapter, 
     assert "make sure that they are the same model" in caplog.text
 
 
+def test_an_adapter_replaces_its_own_expert_only(stored, adapter, tmp_path):
+    with pytest.raises(ValueError, match="adapts the expert 'math', expected one of 'code', which it is to replace"):
+        add_expert(stored.folder, adapter, tmp_path / "out", "code", replace=True, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_lora_of_the_stored_rows_is_refused(stored, tmp_path):
     """PEFT's own "all-linear" adapts `rows`, which experts share; that cannot be one expert."""
     model = get_peft_model(load(stored.folder), LoraConfig(r=2, target_modules=["q_proj.rows"]))

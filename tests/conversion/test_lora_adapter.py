@@ -456,7 +456,7 @@ def test_an_adapter_of_a_model_of_another_name_is_warned_of(adapted, caplog, nam
     change_config(adapter, base_model_name_or_path=name)
     with caplog.at_level(logging.WARNING):
         make_plan(recipe)
-    assert ("'e0' is an adapter of some/Other-7B, the recipe's base is" in caplog.text) == warned
+    assert ("'e0' is an adapter of some/Other-7B, here it is put on" in caplog.text) == warned
     assert caplog.records == [] or warned
 
 

@@ -21,6 +21,7 @@ from conversion.router_metrics import (
     probabilities,
     recalls,
     router_metrics,
+    useful_temperature,
 )
 
 EXPERTS = ["instruct", "math", "code"]
@@ -129,7 +130,7 @@ def test_terminal_shows_everything():
     text = text_of(metrics)
     assert "source [7]" in text and "10 more, see router_eval.json" in text
     assert "math" in text and "picked math" not in text and "router decides" in text
-    assert text.rstrip().endswith(f"{metrics['calibration']['ece']:.3f} at temperature 1")
+    assert f"calibration error {metrics['calibration']['ece']:.3f} at temperature 1 (" in text
 
 
 def test_card_section_is_replaced(tmp_path):
@@ -173,3 +174,12 @@ def test_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match="pip install 'channel-merged\\[plot\\]'"):
         plot_confusion(metrics_of(logits, labels), tmp_path / "other.png")
+
+
+def test_a_temperature_that_does_not_help_is_not_used():
+    """A few queries without an error would only make a sure router unsure."""
+    labels = np.arange(30) % 3
+    sure = np.eye(3)[labels] * 8.0
+    assert fit_temperature(sure, labels) > 1.0 and useful_temperature(sure, labels) == 1.0
+    unsure = np.eye(3)[labels] * 1.0
+    assert useful_temperature(unsure, labels) == fit_temperature(unsure, labels) < 1.0

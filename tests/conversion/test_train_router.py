@@ -140,7 +140,7 @@ def test_the_trunk_runs_once_for_each_query(stored, train, monkeypatch, caplog):
 
 def test_probabilities_are_calibrated(train, tmp_path):
     """The stored temperature fits the evaluation queries; what is reported of it is what the saved model does."""
-    metrics = train("--num-train-epochs", "3")
+    metrics = train("--num-train-epochs", "1", "--learning-rate", "0.02")  # right, and unsure
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "routed"), load_tokenizer(tmp_path / "routed")
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     inputs = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
