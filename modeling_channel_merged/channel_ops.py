@@ -47,10 +47,6 @@ class RowSlices(NamedTuple):
     slices: tuple[tuple[int, int], ...]  # first row and one past the last, ascending
     gather: torch.LongTensor | None  # (O,) place of each channel in the concatenated slices; None: already in order
 
-    @property
-    def num_rows(self) -> int:
-        return sum(last - first for first, last in self.slices)
-
 
 class ExpertRuns(NamedTuple):
     """How one expert reads its matrix: views of the weight, then a gather of the outputs."""

@@ -31,6 +31,21 @@ from transformers import (
 VOCAB_SIZE = 259  # 256 bytes and three special tokens
 
 
+@pytest.fixture(scope="session")
+def without_package() -> str:
+    """Code that a fresh process runs first, so that it finds nothing of this checkout."""
+    return """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_channel_merged", "conversion"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Absent())
+"""
+
+
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory():
     """Fresh memory is filled with NaN, so that what nobody wrote shows."""

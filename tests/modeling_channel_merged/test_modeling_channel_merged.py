@@ -374,13 +374,6 @@ def test_half_precision_keeps_router_and_index(llama_model, prompts, tmp_path, d
 
 REMOTE = """
 import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("modeling_channel_merged", "conversion"):
-            raise ModuleNotFoundError(f"No module named {name!r}")
-
-sys.meta_path.insert(0, Absent())
 import torch
 import torch._dynamo.testing
 from transformers import AutoModel, AutoModelForCausalLM
@@ -394,7 +387,7 @@ model.save_pretrained(sys.argv[4])
 """
 
 
-def test_remote_code_in_a_fresh_offline_process(llama_model, prompts, tmp_path):
+def test_remote_code_in_a_fresh_offline_process(llama_model, prompts, tmp_path, without_package):
     """Logits and routing survive saving, loading without this package, saving from there, and loading again."""
     llama_model.save_pretrained(tmp_path / "first")
     torch.save(prompts, tmp_path / "prompts.pt")
@@ -405,7 +398,7 @@ def test_remote_code_in_a_fresh_offline_process(llama_model, prompts, tmp_path):
             [
                 sys.executable,
                 "-c",
-                REMOTE,
+                without_package + REMOTE,
                 tmp_path / source,
                 tmp_path / "prompts.pt",
                 tmp_path / "out.pt",
