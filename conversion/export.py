@@ -109,8 +109,8 @@ class ExpertExport:
 
     def _read_channels(self, name: str, runs: ExpertRuns) -> torch.Tensor:
         """Rows of a stored tensor in this expert's channel order: (O, I), or (O,) of a bias."""
-        rows = torch.cat([self.merged.reader.read_rows(name, first, last) for first, last in runs.exact.slices])
-        return rows if runs.exact.gather is None else rows[runs.exact.gather]
+        rows = torch.cat([self.merged.reader.read_rows(name, first, last) for first, last in runs.slices])
+        return rows if runs.gather is None else rows[runs.gather]
 
     def _copy_companions(self, target: Path) -> None:
         """The expert's own tokenizer and generation config; what it does not have of its own is the merged model's."""

@@ -365,7 +365,7 @@ def by_number_of_experts(setting: Setting) -> Iterator[dict]:
         merged = setting.merged(num_experts)
         speeds = setting.measure({"dense": [(dense, 1)], "merged": [(with_experts(merged, num_experts // 2), 1)]})
         runs = [
-            len(expert.exact.slices)
+            len(expert.slices)
             for module in merged.channel_modules().values()
             if isinstance(module, ChannelMergedLinear)
             for expert in module.derived.runs

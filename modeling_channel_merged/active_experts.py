@@ -1,14 +1,14 @@
 """Which expert each row of the running batch uses: decided once per call, read by every channel-merged module below.
 
-Keyword arguments do not reach the linear layers of a base architecture, so the choice is handed down through a context
-variable (safe under threads) that is set around the inner forward pass. torch.compile cannot read context variables;
-while it traces, the layers read a plain mirror instead.
+Keyword arguments do not reach the linear layers of a base architecture, so the choice is handed down in a thread's own
+variable that is set around the inner forward pass. torch.compile reads it, too, and guards on what the calling thread
+has there; it cannot read context variables.
 """
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -40,33 +40,39 @@ class ActiveExperts:
             return cls(counts[0][0])
         return cls(None, expert_index, expert_index.argsort(stable=True), tuple(counts))
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether each expert may work on its own batch rows: known, and no graph for each way to share a batch."""
+        return self.order is not None and not torch.compiler.is_compiling()
+
     @classmethod
     def mixed(cls, expert_index: torch.LongTensor) -> "ActiveExperts":
         """A batch whose (B,) index stays on the device: always run as a mixed one, through all stored rows."""
         return cls(None, expert_index)
 
 
-_active: ContextVar[ActiveExperts | None] = ContextVar("active_experts", default=None)
-_mirror: ActiveExperts | None = None
+class _Running(threading.local):
+    """The experts of the forward pass that the calling thread is in."""
+
+    active: ActiveExperts | None = None
+
+
+_running = _Running()
 
 
 @contextmanager
 def activate(active: ActiveExperts | None) -> Iterator[None]:
     """Run the enclosed forward pass with these experts."""
-    global _mirror
-    mirrored, _mirror = _mirror, active
-    token = None if torch.compiler.is_dynamo_compiling() else _active.set(active)
+    outer, _running.active = _running.active, active
     try:
         yield
     finally:
-        _mirror = mirrored
-        if token is not None:
-            _active.reset(token)
+        _running.active = outer
 
 
 def active_or_none() -> ActiveExperts | None:
-    """The experts of the enclosing `activate`, or None outside of one."""
-    return _mirror if torch.compiler.is_dynamo_compiling() else _active.get()
+    """The experts of the enclosing `activate` of this thread, or None outside of one."""
+    return _running.active
 
 
 def active_experts() -> ActiveExperts:

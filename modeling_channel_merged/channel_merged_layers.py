@@ -10,25 +10,25 @@
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 from .active_experts import ActiveExperts, active_experts
 from .channel_kernels import RowOwners, kernel_applies, kernel_linear, kernels_run_on, row_owners
 from .channel_ops import (
     ALL_ROWS_MAX_TOKENS,
-    CALL_VALUES,
     ExpertRuns,
     expert_runs,
     fill_missing,
     gather_channels,
-    grouped_linear,
-    rows_linear,
+    map_experts,
     run_linear,
 )
 
@@ -66,15 +66,18 @@ class ChannelIndexed(nn.Module):
 
     def check_channel_index(self, name: str):
         """Raise ValueError if an entry of `channel_index` names no stored row."""
-        if self.channel_index.is_meta:
-            return
-        low, high = self.channel_index.min().item(), self.channel_index.max().item()
-        if low < self.lowest_index or high >= self.num_rows:
-            wrong = low if low < self.lowest_index else high
+        if (wrong := self.out_of_range()) is not None:
             raise ValueError(
                 f"{name}.channel_index holds row {wrong}, but {name} stores {self.num_rows} rows "
                 f"(expected {self.lowest_index} to {self.num_rows - 1}): the checkpoint is damaged"
             )
+
+    def out_of_range(self) -> int | None:
+        """An entry of `channel_index` that names no stored row; None where all do, and on the meta device."""
+        if self.channel_index.is_meta:
+            return None
+        low, high = self.channel_index.min().item(), self.channel_index.max().item()
+        return low if low < self.lowest_index else high if high >= self.num_rows else None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -86,15 +89,16 @@ class ChannelIndexed(nn.Module):
         return self.channel_index.shape[0]
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_plain(rows: nn.Module) -> bool:
     """Whether views of the weight of `rows` may stand for calling it."""
-    state = rows.__dict__
     return (
         type(rows) is nn.Linear
-        and type(state["_parameters"].get("weight")) in PLAIN_TENSORS
-        and not state["_forward_hooks"]
-        and not state["_forward_pre_hooks"]
-        and "forward" not in state
+        and type(rows.weight) in PLAIN_TENSORS
+        and "forward" not in rows.__dict__
+        and not any(getattr(rows, hooks) for hooks in HOOKS)
     )
 
 
@@ -105,19 +109,18 @@ class DerivedIndex(NamedTuple):
     may_miss: bool  # some expert lacks some channel
     row_owners: RowOwners | None  # None where the kernel cannot run
     index: torch.Tensor
-    version: int
+    version: int | None
 
     @classmethod
-    def of(cls, index: torch.Tensor, num_rows: int, in_features: int) -> "DerivedIndex":
-        runs = expert_runs(index, CALL_VALUES // in_features)
+    def of(cls, index: torch.Tensor, num_rows: int) -> "DerivedIndex":
+        runs = expert_runs(index)
         owners = row_owners(index, num_rows) if kernels_run_on(index.device) else None
-        # Tensors made in inference mode count no versions; nobody may write to them later either.
-        version = -1 if index.is_inference() else index._version
-        return cls(runs, any(run.missing is not None for run in runs), owners, index, version)
+        return cls(runs, any(run.missing is not None for run in runs), owners, index, index_version(index))
 
-    def follows(self, index: torch.Tensor) -> bool:
-        """Whether this was derived from `index` as it is now."""
-        return self.index is index and (self.version == -1 or self.version == index._version)
+
+def index_version(index: torch.Tensor) -> int | None:
+    """How often a tensor was written to; None where nobody may write to it any more."""
+    return None if index.is_inference() else index._version
 
 
 class ChannelMergedLinear(ChannelIndexed):
@@ -140,6 +143,7 @@ class ChannelMergedLinear(ChannelIndexed):
         index = initial_channel_index(num_experts, out_features, num_rows)
         self.register_buffer("channel_index", index.to(device))
         self._derived: DerivedIndex | None = None
+        self.derive()
 
     @property
     def num_rows(self) -> int:
@@ -150,13 +154,48 @@ class ChannelMergedLinear(ChannelIndexed):
         """The bias of the stored rows (R,)."""
         return self.rows.bias
 
+    @torch.compiler.assume_constant_result
+    def derive(self) -> bool:
+        """Derive what follows from `channel_index` again if it is another tensor or was written to since.
+
+        torch.compile runs this while it traces, and traces anew after a change by an assignment, `load_state_dict` or
+        a move. It does not see the index written to in place: the next call without it does.
+
+        Returns:
+            False on the meta device, where there is nothing to derive.
+        """
+        index, derived = self.channel_index, self._derived
+        if type(index) not in PLAIN_TENSORS and derived is not None:
+            index = derived.index  # torch.export puts a stand-in without values there
+        if index.is_meta:
+            return False
+        if derived is None or derived.index is not index or derived.version != index_version(index):
+            with _disable_current_modes():  # those that trace
+                self._derived = DerivedIndex.of(index, self.num_rows)
+        return True
+
     @property
-    def derived(self) -> "DerivedIndex":
-        """What follows from `channel_index`, derived again whenever it is another tensor or was written to."""
-        index, derived = self._buffers["channel_index"], self._derived
-        if derived is None or not (torch.compiler.is_dynamo_compiling() or derived.follows(index)):
-            derived = self._derived = DerivedIndex.of(index, self.num_rows, self.in_features)
-        return derived
+    def derived(self) -> DerivedIndex:
+        """What follows from `channel_index` as it is now."""
+        self.derive()
+        return self._derived
+
+    def __setattr__(self, name: str, value):
+        super().__setattr__(name, value)
+        if name == "channel_index":
+            self._derived = None
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self._derived is not None and self._derived.index is not self.channel_index:
+            self._derived = None
+            if self.out_of_range() is None:  # `to_empty` leaves anything there
+                self.derive()
+        return self
+
+    def _load_from_state_dict(self, *args):
+        self._derived = None
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self):
         # A copy derives its own.
@@ -164,12 +203,10 @@ class ChannelMergedLinear(ChannelIndexed):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, *, I) or flattened (B * T, I) -> the same leading dimensions with O channels."""
-        active, derived = active_experts(), self.derived
-        # Straight from the dictionaries of nn.Module: its attribute look-up costs as much as a small product.
-        rows = self._modules["rows"]
+        active, derived, rows = active_experts(), self.derived, self.rows
         if not is_plain(rows):
             return self._call_rows(hidden_states, active)
-        weight, bias = rows._parameters["weight"], rows._parameters["bias"]
+        weight, bias = rows.weight, rows.bias
         if derived.row_owners is not None and kernel_applies(hidden_states, weight, bias):
             owners = derived.row_owners
             one = active.expert is not None
@@ -177,10 +214,13 @@ class ChannelMergedLinear(ChannelIndexed):
             return kernel_linear(hidden_states, weight, bias, owners, experts)
         if active.expert is not None:
             return run_linear(hidden_states, weight, bias, derived.runs[active.expert])
-        if active.order is None or hidden_states.shape[:-1].numel() <= ALL_ROWS_MAX_TOKENS:
-            row_outputs = rows_linear(hidden_states, weight, bias, ((0, len(weight)),))
-            return split_batch(self._gather_mixed, row_outputs, active)
-        return split_batch(self._per_expert, hidden_states, active)
+        if not active.is_grouped or hidden_states.shape[:-1].numel() <= ALL_ROWS_MAX_TOKENS:
+            return split_batch(self._gather_mixed, F.linear(hidden_states, weight, bias), active)
+
+        def own_product(expert: int, inputs: torch.Tensor) -> torch.Tensor:
+            return run_linear(inputs, weight, bias, derived.runs[expert])
+
+        return split_batch(by_expert(own_product), hidden_states, active)
 
     def _call_rows(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
         """All R rows, whatever they are, and a gather of their outputs."""
@@ -192,11 +232,6 @@ class ChannelMergedLinear(ChannelIndexed):
     def _gather_mixed(self, row_outputs: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
         expert_index = active.expert_index.to(row_outputs.device)
         return gather_channels(row_outputs, self.channel_index, expert_index, self.derived.may_miss)
-
-    def _per_expert(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
-        """Each expert multiplies its own batch rows."""
-        order = active.order.to(hidden_states.device)
-        return grouped_linear(hidden_states, self.rows.weight, self.rows.bias, self.derived.runs, active.counts, order)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"
@@ -243,84 +278,39 @@ class ChannelMergedEmbedding(ChannelIndexed):
 
 
 class PerExpert(nn.Module):
-    """One exact copy per expert of a small module that has parameters but no channels (norm, learned positions).
+    """One exact copy per expert of a small module that has parameters but no channels (norm, learned positions)."""
 
-    `broadcasts` says that `call_broadcast` is right for it.
-    """
-
-    def __init__(self, module: nn.Module, num_experts: int, broadcasts: bool = False):
+    def __init__(self, module: nn.Module, num_experts: int):
         super().__init__()
-        self.broadcasts = broadcasts
         self.experts = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(num_experts - 1))])
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         active = active_experts()
         if active.expert is not None:
-            # Straight from the dictionaries: ModuleList's own look-up costs as much as a small norm.
-            return self._modules["experts"]._modules[str(active.expert)](*args, **kwargs)
-        if isinstance(self.experts[0], nn.Embedding):
-            return self._select(active, *args, **kwargs)
-        return split_batch(self._batched, args[0], active)
+            return self.experts[active.expert](*args, **kwargs)
+        if active.is_grouped and len(args) == 1 and not kwargs and not isinstance(self.experts[0], nn.Embedding):
+            call = by_expert(lambda expert, hidden_states: self.experts[expert](hidden_states))
+            return split_batch(call, args[0], active)
+        return self._select(active, *args, **kwargs)
 
     def _select(self, active: ActiveExperts, *args, **kwargs) -> torch.Tensor:
-        """Every expert's output for the whole batch, of which each batch row keeps its own: (B, T, H)."""
-        expert_index = active.expert_index
-        outputs = torch.stack([expert(*args, **kwargs) for expert in self.experts])  # (N, B or 1, T, H)
-        outputs = outputs.expand(-1, len(expert_index), *[-1] * (outputs.dim() - 2))
-        return outputs[expert_index, torch.arange(len(expert_index), device=outputs.device)]
-
-    def _batched(self, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
-        """The base module's forward over the batch, each batch row with its expert's parameters."""
-        expert_index = active.expert_index.to(hidden_states.device)
-        parameters = {
-            name: torch.stack([expert._parameters[name] for expert in self.experts])[expert_index]
-            for name in self.experts[0]._parameters
-            if self.experts[0]._parameters[name] is not None
-        }
-        call = call_broadcast if self.broadcasts else call_mapped
-        return call(self.experts[0], parameters, hidden_states)
+        """Every expert's output for the whole batch, of which each batch row keeps its own: (B, *) or (B * T, *)."""
+        outputs = torch.stack([expert(*args, **kwargs) for expert in self.experts])  # (N, B or B * T or 1, *)
+        expert_index = active.expert_index.to(outputs.device)
+        batch = len(expert_index)
+        if outputs.shape[1] == 1:  # positions that all batch rows share
+            return outputs[expert_index, 0]
+        expert_index = expert_index.repeat_interleave(tokens_of_row(outputs.shape[1], batch, outputs.shape[1:]))
+        return outputs[expert_index, torch.arange(outputs.shape[1], device=outputs.device)]
 
 
-def call_mapped(module: nn.Module, parameters: dict[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
-    """`module` on every batch row with its own parameters, (B, *shape) each: right for any module, slow to call."""
+def by_expert(call: Callable[[int, torch.Tensor], torch.Tensor]):
+    """For `split_batch`: `call(expert, hidden_states)` on the batch rows of each expert."""
 
-    def one(parameters: dict[str, torch.Tensor], hidden_states: torch.Tensor) -> torch.Tensor:
-        return functional_call(module, parameters, (hidden_states,))
+    def run(hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
+        return map_experts(call, hidden_states, active.counts, active.order.to(hidden_states.device))
 
-    return torch.vmap(one)(parameters, hidden_states)
-
-
-def call_broadcast(
-    module: nn.Module, parameters: dict[str, torch.Tensor], hidden_states: torch.Tensor
-) -> torch.Tensor:
-    """The same by broadcasting, for a module that only multiplies and adds its parameters to the last dimensions."""
-    views = {
-        name: value.view(len(value), *[1] * (hidden_states.dim() - value.dim()), *value.shape[1:])
-        for name, value in parameters.items()
-    }
-    return functional_call(module, views, (hidden_states,))
-
-
-@torch.no_grad()
-def broadcasts(module: nn.Module) -> bool:
-    """Whether `call_broadcast` gives what `call_mapped` gives, tried on random float32 values on the CPU."""
-    if isinstance(module, nn.Embedding) or next(module.parameters()).dim() == 0:
-        return False
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=generator, device="cpu").add_(0.5)
-
-    module = copy.deepcopy(module).to_empty(device="cpu").float()
-    parameters = {name: random(2, *value.shape) for name, value in module.named_parameters()}
-    shape = next(iter(parameters.values())).shape[1:]
-    try:
-        return all(
-            torch.equal(call_broadcast(module, parameters, x), call_mapped(module, parameters, x))
-            for x in (random(2, 3, *shape), random(2, 3, 2, *shape))
-        )
-    except (RuntimeError, TypeError):
-        return False
+    return run
 
 
 def split_batch(call, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
@@ -328,9 +318,15 @@ def split_batch(call, hidden_states: torch.Tensor, active: ActiveExperts) -> tor
     leading, batch = hidden_states.shape[0], len(active.expert_index)
     if leading == batch:
         return call(hidden_states, active)
+    tokens = tokens_of_row(leading, batch, hidden_states.shape)
+    return call(hidden_states.unflatten(0, (batch, tokens)), active).flatten(0, 1)
+
+
+def tokens_of_row(leading: int, batch: int, shape: torch.Size) -> int:
+    """How many of the leading places belong to each of the batch rows; RuntimeError where that is no whole number."""
     if leading % batch:
-        raise RuntimeError(f"a mixed batch of {batch} rows reached a layer as shape {tuple(hidden_states.shape)}")
-    return call(hidden_states.unflatten(0, (batch, leading // batch)), active).flatten(0, 1)
+        raise RuntimeError(f"a mixed batch of {batch} rows reached a layer as shape {tuple(shape)}")
+    return leading // batch
 
 
 @dataclass(frozen=True)
@@ -415,13 +411,8 @@ def swap_modules(inner: nn.Module, modules: ModuleMap, rows: dict[str, int], num
     for path, spec in modules.channel.items():
         num_rows = rows.get(path, spec.out_features)
         inner.set_submodule(path, merged_module(inner.get_submodule(path), spec, num_rows, num_experts))
-    tried: dict[str, bool] = {}
     for path in modules.per_expert:
-        module = inner.get_submodule(path)
-        kind = repr(module)  # class, shape and epsilon
-        if kind not in tried:
-            tried[kind] = broadcasts(module)
-        inner.set_submodule(path, PerExpert(module, num_experts, tried[kind]))
+        inner.set_submodule(path, PerExpert(inner.get_submodule(path), num_experts))
 
 
 @torch.no_grad()
@@ -456,5 +447,6 @@ def resize_channels(module: ChannelIndexed, num_channels: int, std: float | None
     module.channel_index = index.clone()
     if isinstance(module, ChannelMergedLinear):
         module.out_features, module.rows.out_features = num_channels, len(weight)
+        module.derive()
     else:
         module.rows.num_embeddings = len(weight)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, T5Config
-from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conversion.row_layout import layout_rows
@@ -15,7 +14,6 @@ from modeling_channel_merged.channel_merged_layers import (
     ChannelMergedEmbedding,
     ChannelMergedLinear,
     PerExpert,
-    broadcasts,
     find_modules,
     initial_channel_index,
     resize_channels,
@@ -90,9 +88,9 @@ def test_linear_at_odd_sizes(in_features, out_features, num_experts):
 @pytest.mark.parametrize("expert", [0, 1])
 def test_many_experts_with_many_runs(tokens, expert):
     linear = random_linear(num_experts=12)
-    assert max(len(runs.exact.slices) for runs in linear.derived.runs) > MAX_RUNS / 2
+    assert max(len(runs.slices) for runs in linear.derived.runs) > MAX_RUNS / 2
     longer = random_linear(num_experts=12, out_features=900)
-    assert len(longer.derived.runs[expert].exact.slices) > MAX_RUNS
+    assert len(longer.derived.runs[expert].slices) > MAX_RUNS
     for layer in (linear, longer):
         hidden_states, expert_index = torch.randn(1, tokens, 63), torch.tensor([expert])
         with torch.no_grad(), activate(ActiveExperts(expert)):
@@ -238,36 +236,22 @@ def test_embedding_looks_up_the_row_of_its_expert_and_keeps_the_base_class(exper
         assert torch.equal(output[row], 3 * embedding.rows.weight[rows])
 
 
-@pytest.mark.parametrize("broadcast", [False, True])
 @pytest.mark.parametrize("make", [lambda: nn.LayerNorm(12), lambda: nn.RMSNorm(12), lambda: LlamaRMSNorm(12)])
 @pytest.mark.parametrize("shape", [(4, 5, 12), (4, 5, 3, 12), (20, 12)], ids=str)
-def test_norms_of_a_mixed_batch_equal_each_experts_own(make, shape, broadcast):
+@pytest.mark.parametrize("grouped", [False, True])
+def test_norms_of_a_mixed_batch_equal_each_experts_own(make, shape, grouped):
     torch.manual_seed(0)
-    norms = PerExpert(make(), 3, broadcast and broadcasts(make()))
+    norms = PerExpert(make(), 3)
     for parameter in norms.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
     expert_index = torch.tensor([2, 0, 1, 2])
     hidden_states = torch.randn(shape)
-    with torch.no_grad(), activate(ActiveExperts.from_index(expert_index)):
+    active = ActiveExperts.from_index(expert_index) if grouped else ActiveExperts.mixed(expert_index)
+    with torch.no_grad(), activate(active):
         output = norms(hidden_states)
     per_token = expert_index if shape[0] == 4 else expert_index.repeat_interleave(5)
     expected = torch.stack([norms.experts[e](row) for row, e in zip(hidden_states, per_token.tolist(), strict=True)])
     torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("module", "expected"),
-    [
-        (LlamaRMSNorm(12), True),
-        (CohereLayerNorm((3, 12)), True),
-        (nn.LayerNorm(12), False),  # its kernel takes the weight as one vector
-        (nn.Embedding(3, 12), False),
-        (nn.PReLU(), False),  # more than products and sums with the last dimension
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_which_modules_broadcast_is_found_by_trying(module, expected):
-    assert broadcasts(module) is expected
 
 
 def test_norm_gradients_of_a_mixed_batch():

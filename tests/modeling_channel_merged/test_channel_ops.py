@@ -1,7 +1,6 @@
 """Runs and products of a channel-merged matrix, against its plain definition."""
 
 import itertools
-import threading
 
 import pytest
 import torch
@@ -13,21 +12,18 @@ from conversion.row_layout import layout_rows
 from modeling_channel_merged.channel_ops import (
     COPY_MIN_TOKENS,
     FEW_TOKENS,
-    HALVES_MAX_TOKENS,
     expert_runs,
     fill_missing,
     gather_channels,
-    grouped_linear,
+    map_experts,
     reference_linear,
-    rows_linear,
     run_linear,
-    without_onednn,
 )
 
 SIZES = [1, 63, 100]
 # Of one product: one to each side of every number that decides its path.
 MANY = [COPY_MIN_TOKENS, 3 * COPY_MIN_TOKENS, 8 * COPY_MIN_TOKENS]
-TOKENS = [1, 2, HALVES_MAX_TOKENS, 5, FEW_TOKENS, FEW_TOKENS + 1, 40, *MANY]
+TOKENS = [1, 2, 5, FEW_TOKENS, FEW_TOKENS + 1, 40, *MANY]
 NUM_EXPERTS = [2, 3, 4, 5]
 
 
@@ -82,8 +78,13 @@ def plain_error(weight, bias, index, dtype):
     return max((together - exact).abs().max(), (torch.cat(one_by_one, dim=1) - exact).abs().max())
 
 
+def own_products(weight, bias, all_runs):
+    """For `map_experts`: each expert's product."""
+    return lambda expert, inputs: run_linear(inputs, weight, bias, all_runs[expert])
+
+
 def number_of_runs(channel_index):
-    return [len(runs.exact.slices) for runs in expert_runs(channel_index)]
+    return [len(runs.slices) for runs in expert_runs(channel_index)]
 
 
 group_columns = st.integers(1, 6).flatmap(
@@ -120,12 +121,12 @@ class TestExpertRuns:
         if missing:
             index = drop_channels(index, seed)
         for expert, runs in enumerate(expert_runs(index)):
-            assert all(a < b for a, b in runs.exact.slices)
-            assert all(end < start for (_, end), (start, _) in itertools.pairwise(runs.exact.slices))
-            rows = torch.cat([torch.arange(a, b) for a, b in runs.exact.slices])
+            assert all(a < b for a, b in runs.slices)
+            assert all(end < start for (_, end), (start, _) in itertools.pairwise(runs.slices))
+            rows = torch.cat([torch.arange(a, b) for a, b in runs.slices])
             has = index[expert] >= 0
             assert torch.equal(rows, index[expert][has].long().unique())
-            gather = torch.arange(index.shape[1]) if runs.exact.gather is None else runs.exact.gather
+            gather = torch.arange(index.shape[1]) if runs.gather is None else runs.gather
             assert torch.equal(rows[gather][has], index[expert][has].long())
             assert (runs.missing is None) == bool(has.all())
             assert runs.missing is None or torch.equal(runs.missing, ~has)
@@ -133,7 +134,7 @@ class TestExpertRuns:
     def test_channels_already_in_order_need_no_gather(self):
         shared = layout_rows(torch.zeros(3, 10, dtype=torch.int64)).channel_index
         for runs in expert_runs(shared):
-            assert runs.exact.slices == ((0, 10),) and runs.exact.gather is None and runs.missing is None
+            assert runs.slices == ((0, 10),) and runs.gather is None and runs.missing is None
             assert torch.equal(runs.rows, torch.arange(10))
 
 
@@ -158,24 +159,24 @@ class TestProducts:
             assert torch.equal(ours, expected)
             assert torch.equal(gather_channels(F.linear(hidden, weight, some_bias), index, experts), expected)
             counts = tuple((expert, 1) for expert in range(num_experts))
-            assert torch.equal(grouped_linear(hidden, weight, some_bias, all_runs, counts, experts), expected)
+            own = own_products(weight, some_bias, all_runs)
+            assert torch.equal(map_experts(own, hidden, counts, experts), expected)
 
-    @pytest.mark.parametrize("short_gap", [0, 9, 1000])
     @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     @pytest.mark.parametrize("num_tokens", [0, *TOKENS])
     @torch.no_grad()
-    def test_whole_numbers_are_exact_without_gradients(self, num_tokens, dtype, has_bias, short_gap):
-        """The same on the paths of inference: each choice by the number of tokens, gaps read over or not."""
+    def test_whole_numbers_are_exact_without_gradients(self, num_tokens, dtype, has_bias):
+        """The same on the paths of inference: each choice by the number of tokens."""
         for num_experts in (3, 4, 7):
             weight, bias, index = random_matrix(num_experts, 101, 40, 0, integers=True)
             weight, bias = weight.to(dtype), bias.to(dtype) if has_bias else None
             generator = torch.Generator().manual_seed(1)
             hidden = torch.randint(-2, 3, (num_experts, num_tokens, 40), generator=generator).to(dtype)
             expected = reference_linear(hidden, weight, bias, index, torch.arange(num_experts))
-            for expert, runs in enumerate(expert_runs(index, short_gap)):
+            for expert, runs in enumerate(expert_runs(index)):
                 assert torch.equal(run_linear(hidden[expert], weight, bias, runs), expected[expert])
-            rows = rows_linear(hidden, weight, bias, ((0, len(weight)),))
+            rows = F.linear(hidden, weight, bias)
             assert torch.equal(gather_channels(rows, index, torch.arange(num_experts)), expected)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -186,9 +187,9 @@ class TestProducts:
         weight, bias, index = random_matrix(2, 128, 320, 3)
         weight, bias = weight.to(dtype), bias.to(dtype)
         hidden = torch.randn(num_tokens, 320, generator=torch.Generator().manual_seed(4)).to(dtype)
-        for expert, runs in enumerate(expert_runs(index, 100)):
+        for expert, runs in enumerate(expert_runs(index)):
             rows = index[expert].long()
-            assert len(runs.exact.slices) == 1 and runs.exact.gather is not None
+            assert len(runs.slices) == 1 and runs.gather is not None
             dense = F.linear(hidden, weight[rows], bias[rows])
             assert torch.equal(run_linear(hidden, weight, bias, runs), dense)
 
@@ -216,10 +217,10 @@ class TestProducts:
             experts = torch.arange(num_experts)
             exact = reference_linear(hidden.double(), weight.double(), bias.double(), index, experts)
             plain = plain_error(weight, bias, index, dtype)
-            all_runs = expert_runs(index, 5)
+            all_runs = expert_runs(index)
             with torch.set_grad_enabled(gradients):
                 by_runs = torch.stack([run_linear(row, weight, bias, all_runs[e]) for e, row in enumerate(hidden)])
-                rows = rows_linear(hidden, weight, bias, ((0, len(weight)),))
+                rows = F.linear(hidden, weight, bias)
             assert (by_runs - exact).abs().max() <= 2 * plain
             assert (gather_channels(rows, index, experts) - exact).abs().max() <= 2 * plain
 
@@ -270,43 +271,11 @@ class TestProducts:
         expected = reference_linear(hidden, weight, bias, index, experts)
         counts, order = ((0, 1), (2, 2), (4, 3)), experts.argsort(stable=True)
         with torch.set_grad_enabled(gradients):
-            outputs = grouped_linear(hidden, weight, bias, expert_runs(index), counts, order)
+            outputs = map_experts(own_products(weight, bias, expert_runs(index)), hidden, counts, order)
         assert torch.equal(outputs, expected)
         if gradients:
             ours, theirs = (torch.autograd.grad(output.sum(), hidden)[0] for output in (outputs, expected))
             assert torch.equal(ours, theirs)
-
-
-class TestWithoutOnednn:
-    def test_switches_off_and_on_again(self):
-        assert torch.backends.mkldnn.enabled
-        with pytest.raises(KeyError), without_onednn():
-            assert not torch.backends.mkldnn.enabled
-            raise KeyError
-        assert torch.backends.mkldnn.enabled
-
-    def test_leaves_what_was_off(self):
-        torch.backends.mkldnn.enabled = False
-        try:
-            with without_onednn():
-                assert not torch.backends.mkldnn.enabled
-            assert not torch.backends.mkldnn.enabled
-        finally:
-            torch.backends.mkldnn.enabled = True
-
-    @pytest.mark.parametrize("daemon", [False, True])
-    def test_not_beside_other_threads(self, daemon):
-        """A worker could be multiplying; a daemon such as a progress bar's monitor is not."""
-        done = threading.Event()
-        worker = threading.Thread(target=done.wait, daemon=daemon)
-        worker.start()
-        try:
-            with without_onednn():
-                assert torch.backends.mkldnn.enabled == (not daemon)
-        finally:
-            done.set()
-            worker.join()
-        assert torch.backends.mkldnn.enabled
 
 
 class TestGatherChannels:
