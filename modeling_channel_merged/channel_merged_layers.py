@@ -12,7 +12,6 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -102,7 +101,8 @@ def is_plain(rows: nn.Module) -> bool:
     )
 
 
-class DerivedIndex(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DerivedIndex:
     """What a linear map derives from its `channel_index`, once."""
 
     runs: tuple[ExpertRuns, ...]

@@ -163,6 +163,29 @@ def test_hooks_on_rows_run():
     assert calls == [1]
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_on_rows_run(register):
+    linear, calls = random_linear(), []
+    getattr(linear.rows, register)(lambda *args: calls.append(1))
+    with activate(ActiveExperts(1)):
+        linear(torch.randn(1, 2, 63, requires_grad=True)).sum().backward()
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("tokens", [1, FEW, MANY, COPIES])
+@pytest.mark.parametrize("experts", [[1, 1], [3, 0]], ids=str)
+def test_autocast_gives_the_dtype_and_the_values_of_the_dense_layer(experts, tokens, gradients):
+    linear, expert_index = random_linear(), torch.tensor(experts)
+    hidden_states = torch.randn(2, tokens, 63)
+    with torch.set_grad_enabled(gradients), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = reference_linear(hidden_states, linear.weight, linear.bias, linear.channel_index, expert_index)
+        with activate(ActiveExperts.from_index(expert_index)):
+            output = linear(hidden_states)
+    assert output.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(output, plain)
+
+
 def test_runs_follow_the_index():
     """A new, an overwritten and a copied index are all read afresh."""
     linear, other = random_linear(seed=0), random_linear(seed=1)
