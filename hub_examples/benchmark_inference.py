@@ -6,8 +6,7 @@ For each shape, with random weights, the merged model (N = 4 experts, K = 2 rand
 contenders are built once. They take turns within every repetition and every decoded token, so that drift of the
 machine hits all alike; medians are reported. A table for each section, then one line of JSON.
 
-- one: every expert in turn against the dense base; prefill of the prompt, then decoding token by token. PyTorch's own
-  bfloat16 product, which the merged model uses for single tokens, is timed in the dense model, too ("native").
+- one: every expert in turn against the dense base; prefill of the prompt, then decoding token by token.
 - mixed: a batch spread over all experts against (a) N dense models, each run on its own rows, (b) one dense model on
   the whole batch, (c) the base with one LoRA adapter (rank 16) per expert and `adapter_names`.
 - serving: switching experts, memory, load time, routing.
@@ -194,19 +193,6 @@ def with_experts(merged: ChannelMergedForCausalLM, expert_index: int | torch.Ten
     return lambda *args, **kwargs: merged(*args, expert_index=expert_index, **kwargs)
 
 
-def without_onednn(model: nn.Module) -> Forward:
-    """The model as it runs with oneDNN switched off, for single tokens; for many tokens as it is."""
-
-    def forward(input_ids: torch.Tensor, **kwargs):
-        torch.backends.mkldnn.enabled = input_ids.shape[1] > 1
-        try:
-            return model(input_ids, **kwargs)
-        finally:
-            torch.backends.mkldnn.enabled = True
-
-    return forward
-
-
 @dataclass(frozen=True)
 class Setting:
     """What all sections need to know."""
@@ -245,9 +231,6 @@ def one_expert(setting: Setting, batches: list[int]) -> Iterator[dict]:
         contenders = {"dense": [(dense, batch)]}
         for expert in range(setting.num_experts):
             contenders[f"expert {expert}"] = [(with_experts(merged, expert), batch)]
-        native = setting.dtype == torch.bfloat16 and batch == 1 and setting.device == "cpu"
-        if native:
-            contenders["native"] = [(without_onednn(dense), batch)]
         speeds = setting.measure(contenders)
         base, experts = speeds["dense"], [speeds[f"expert {expert}"] for expert in range(setting.num_experts)]
         prefill, decode = ([getattr(s, kind) / getattr(base, kind) for s in experts] for kind in ("prefill", "decode"))
@@ -261,7 +244,6 @@ def one_expert(setting: Setting, batches: list[int]) -> Iterator[dict]:
             "prefill ratio": statistics.mean(prefill),
             "decode ratio": statistics.mean(decode),
             "worst decode": min(decode),
-            "native decode": speeds["native"].decode / base.decode if native else None,
             "prefill ratios": prefill,
             "decode ratios": decode,
         }
