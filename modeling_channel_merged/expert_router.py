@@ -13,6 +13,7 @@ from torch import nn
 
 NGRAM_BUCKETS = 1 << 15
 NO_BUCKET = NGRAM_BUCKETS  # sorts behind all buckets
+BYTE_BITS = 8  # of a bucket's number in one column of features: 16-bit floats hold integers up to 256 exactly
 MERSENNE_PRIME = (1 << 31) - 1
 
 
@@ -64,6 +65,8 @@ def _hash(first: torch.LongTensor, second: torch.LongTensor | int = 0) -> torch.
 class ExpertRouter(nn.Module):
     """A linear map of trunk features and n-grams to expert logits, in float32; starts at zero, which means untrained.
 
+    The weights stay in float32 where the model is cast, as by `model.half()` or `model.to(dtype)`.
+
     Args:
         features: "trunk_and_ngrams", or "trunk" for pooled and normalised trunk features alone.
         max_tokens: longest query in tokens.
@@ -85,11 +88,28 @@ class ExpertRouter(nn.Module):
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
+    def _apply(self, fn, recurse: bool = True):
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype == tensor.dtype else tensor.to(applied.device)
+
+        return super()._apply(keep_dtype, recurse)
+
     @property
     def is_trained(self) -> bool:
         """Whether the weights have left their zero start. Synchronises with the device."""
+        if self.head.weight.is_meta:
+            return self._offloaded_is_trained()
         weights = [self.head.weight] if self.ngrams is None else [self.head.weight, self.ngrams.weight]
         return any(bool(weight.detach().any()) for weight in weights)
+
+    @torch.no_grad()
+    def _offloaded_is_trained(self) -> bool:
+        """The same of weights that are there only while their module runs: read from its outputs."""
+        if self.ngrams is not None and self.ngrams(torch.arange(NGRAM_BUCKETS)).any():
+            return True
+        columns = self.head(torch.eye(self.hidden_size)) - self.head(torch.zeros(self.hidden_size))
+        return bool(columns.any())
 
     def features(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor, input_ids: torch.LongTensor | None = None
@@ -102,8 +122,8 @@ class ExpertRouter(nn.Module):
             input_ids: (B, T); None where only embeddings are known, and then the trunk features alone decide.
 
         Returns:
-            (B, H) float32 trunk features, followed by 2 * max_tokens columns with the buckets of the n-grams, which
-            float32 holds exactly.
+            (B, H) float32 trunk features; where n-grams are read, followed by twice 2 * max_tokens columns: the high
+            and then the low bytes of their buckets, which a cast to 16 bits leaves as they are.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             pooled = pool(hidden_states, attention_mask, self.pooling)
@@ -112,18 +132,22 @@ class ExpertRouter(nn.Module):
                 return trunk
             trunk = trunk / self.hidden_size**0.5
             if input_ids is None:
-                return F.pad(trunk, (0, self.max_ngrams), value=NO_BUCKET)
-            buckets = ngram_buckets(input_ids, attention_mask)
+                buckets = attention_mask.new_empty((len(trunk), 0), dtype=torch.int64)
+            else:
+                buckets = ngram_buckets(input_ids, attention_mask)
             buckets = F.pad(buckets, (0, self.max_ngrams - buckets.shape[1]), value=NO_BUCKET)
-            return torch.cat([trunk, buckets.float()], dim=-1)
+            high, low = buckets >> BYTE_BITS, buckets & ((1 << BYTE_BITS) - 1)
+            return torch.cat([trunk, high.float(), low.float()], dim=-1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, F) features -> (B, N) float32 logits."""
         with torch.autocast(features.device.type, enabled=False):  # a bf16 Trainer would round the logits
+            # Mixed precision of FSDP casts weights and inputs all the same.
+            logits = self.head(features[:, : self.hidden_size].to(self.head.weight.dtype)).float()
             if self.ngrams is None:
-                return self.head(features)
-            buckets = features[:, self.hidden_size :].long()
+                return logits
+            high, low = features[:, self.hidden_size :].long().chunk(2, dim=-1)
+            buckets = (high << BYTE_BITS) + low
             present = (buckets != NO_BUCKET).float()
             weights = present / present.sum(-1, keepdim=True).clamp(min=1).sqrt()
-            logits = self.head(features[:, : self.hidden_size])
-            return logits + (self.ngrams(buckets * present.long()) * weights[..., None]).sum(1)
+            return logits + (self.ngrams(buckets * present.long()).float() * weights[..., None]).sum(1)

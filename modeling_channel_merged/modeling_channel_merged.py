@@ -282,7 +282,8 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
             hidden_states = done.hidden_states
         finally:
             decoder.train(training)
-        device = self.router.head.weight.device
+        weight = self.router.head.weight
+        device = hidden_states.device if weight.is_meta else weight.device  # an offloaded router comes to its inputs
         input_ids = None if input_ids is None else input_ids.to(device)
         return self.router.features(hidden_states.to(device), attention_mask.to(device), input_ids)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from modeling_channel_merged.expert_router import NGRAM_BUCKETS, NO_BUCKET, ExpertRouter, ngram_buckets, pool
 
@@ -112,7 +113,7 @@ def test_features_have_one_width_whatever_the_query_length():
     widths = {
         router.features(torch.randn(1, t, 16), torch.ones(1, t), torch.ones(1, t).long()).shape for t in (0, 1, 8)
     }
-    assert widths == {(1, 16 + 16)}
+    assert widths == {(1, 16 + 2 * 16)}
 
 
 def test_autocast_does_not_round_bucket_numbers():
@@ -121,6 +122,33 @@ def test_autocast_does_not_round_bucket_numbers():
     expected = router(router.features(*arguments))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(router(router.features(*arguments)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_casts_do_not_round_weights_or_bucket_numbers(dtype):
+    """A cast of the model leaves the router's weights, one of the features (FSDP, DeepSpeed) leaves every bucket."""
+    torch.manual_seed(4)
+    router = random_router()
+    hidden_states, mask, ids = torch.randn(2, 8, 16), torch.ones(2, 8), torch.randint(90_000, (2, 8))
+    features = router.features(hidden_states, mask, ids)
+    expected = router(features)
+    weights = {name: value.clone() for name, value in router.state_dict().items()}
+    nn.ModuleList([router]).to(dtype)
+    assert all(torch.equal(value, weights[name]) for name, value in router.state_dict().items())
+    assert torch.equal(router(features), expected)
+    nn.init.zeros_(router.head.weight)
+    assert torch.equal(router(features.to(dtype)), router(features))
+
+
+def test_weights_that_were_cast_all_the_same_route():
+    router = random_router()
+    features = router.features(torch.randn(2, 4, 16), torch.ones(2, 4), torch.randint(50, (2, 4)))
+    expected = router(features)
+    for parameter in router.parameters():
+        parameter.data = parameter.data.bfloat16()
+    logits = router(features)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
 
 
 def test_ngrams_alone_learn_and_generalise():

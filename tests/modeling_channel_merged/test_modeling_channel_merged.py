@@ -372,6 +372,28 @@ def test_half_precision_keeps_router_and_index(llama_model, prompts, tmp_path, d
     assert loaded(prompts, expert_index=[0, 1, 2]).logits.dtype == dtype
 
 
+CASTS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "to": lambda model: model.to(torch.bfloat16),
+    "double": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_cast_model_routes(text_config, prompts, cast):
+    """The trunk computes in its new dtype, the router in float32, with what it learned."""
+    model = random_model(text_config, 3)
+    expected, router = model.route(prompts), {name: value.clone() for name, value in model.router.state_dict().items()}
+    CASTS[cast](model)
+    assert all(torch.equal(value, router[name]) for name, value in model.router.state_dict().items())
+    routing = model.route(prompts)
+    assert routing.logits.dtype == torch.float32 and torch.equal(routing.expert_index, expected.expert_index)
+    torch.testing.assert_close(routing.logits, expected.logits, rtol=0.02, atol=0.5)
+    assert model.generate(prompts, **GREEDY).shape[0] == 3
+    assert model(prompts, expert_labels=expected.expert_index).loss.dtype == torch.float32
+
+
 REMOTE = """
 import sys
 import torch

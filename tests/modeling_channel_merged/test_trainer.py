@@ -208,6 +208,17 @@ def test_bf16_is_close_to_float32(make_trainer, eval_dataset):
     assert prediction.metrics["test_accuracy"] == 1.0 and not torch.equal(logits, logits.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_evaluating_in_half_precision(make_trainer, eval_dataset, dtype):
+    """The Trainer casts the model for good: what the router learned is not rounded."""
+    trainer = make_trainer(**{f"{dtype}_full_eval": True})
+    trainer.train()
+    learned = router_state(trainer.model)
+    assert trainer.predict(eval_dataset).metrics["test_accuracy"] == 1.0
+    assert trainer.model.dtype in (torch.bfloat16, torch.float16)
+    assert_same_router(router_state(trainer.model), learned, rtol=0, atol=0)
+
+
 def test_reports_to_tensorboard(make_trainer, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
