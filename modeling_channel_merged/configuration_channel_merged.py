@@ -1,5 +1,6 @@
 """Configuration of channel-merged causal language models."""
 
+import operator
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -188,9 +189,18 @@ class ChannelMergedConfig(PreTrainedConfig):
             if expert not in self.expert_names:
                 raise ValueError(f"unknown expert {expert!r}: this model has {self.expert_names}")
             return self.expert_names.index(expert)
-        if isinstance(expert, bool) or not 0 <= expert < self.num_experts:
-            raise ValueError(f"expert index {expert} is out of range: this model has {self.num_experts} experts")
-        return list(range(self.num_experts))[expert]  # a constant also where torch.compile made `expert` a symbol
+        try:
+            number = None if isinstance(expert, bool) else operator.index(expert)
+        except TypeError:
+            number = None
+        if number is None:
+            raise ValueError(
+                f"expert {expert!r} is neither a name nor an index: this model has {self.expert_names}, 0 to "
+                f"{self.num_experts - 1}"
+            )
+        if not 0 <= number < self.num_experts:
+            raise ValueError(f"expert index {number} is out of range: this model has {self.num_experts} experts")
+        return list(range(self.num_experts))[number]  # a constant also where torch.compile made `expert` a symbol
 
 
 __all__ = ["ChannelMergedConfig"]

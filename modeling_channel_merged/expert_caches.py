@@ -1,9 +1,13 @@
-"""The experts that filled a cache of keys and values, kept on the cache object, so that they go wherever it goes.
+"""The experts of a batch, and those that filled a cache of keys and values, kept on the cache object itself.
 
-Keys and values of one expert mean nothing to another: a cache can go on only with the experts that filled it.
+Keys and values of one expert mean nothing to another: a cache can go on only with the experts that filled it. They go
+where the cache goes, into copies and pickles too, and follow its rows when they are reordered, repeated or selected.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache as remember_result
 
 import torch
 from transformers import Cache
@@ -11,12 +15,51 @@ from transformers import Cache
 from .active_experts import ActiveExperts
 
 
-@dataclass
-class CacheExperts:
-    """The experts that filled a cache: (R,) int64, one for each of its rows, and their form for a forward pass."""
+@dataclass(frozen=True, eq=False)
+class BatchExperts:
+    """The experts of a batch.
+
+    Attributes:
+        expert_index: (B,) int64.
+        active: their form for a forward pass.
+        rows: the same numbers on the host; empty while torch.compile traces, where they cannot be known.
+        given: the tensor that named them, and its version then: while it is passed again, nothing is read from it.
+    """
 
     expert_index: torch.LongTensor
     active: ActiveExperts
+    rows: tuple[int, ...] = ()
+    given: tuple[torch.Tensor, int] | None = None
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[int], device=None, given: torch.Tensor | None = None) -> "BatchExperts":
+        """From the expert of each row, read from the tensor `given` if there is one."""
+        expert_index = torch.tensor(rows, dtype=torch.int64, device=device)
+        counts = tuple(sorted(Counter(rows).items()))
+        if len(counts) == 1:
+            active = ActiveExperts(rows[0])
+        else:
+            order = sorted(range(len(rows)), key=rows.__getitem__)
+            active = ActiveExperts(None, expert_index, torch.tensor(order, device=device), counts)
+        return cls(expert_index, active, tuple(rows), None if given is None else (given, _version(given)))
+
+    def came_from(self, expert_index) -> bool:
+        """Whether `expert_index` is the tensor that named them, unchanged."""
+        return self.given is not None and expert_index is self.given[0] and _version(expert_index) == self.given[1]
+
+    def selected(self, indices) -> "BatchExperts":
+        """Of some rows, by whatever indexes a tensor's first dimension."""
+        if self.active.expert is not None and isinstance(indices, torch.Tensor) and indices.dtype != torch.bool:
+            rows = self.rows[:1] * len(indices)
+        else:
+            indices = indices.cpu() if isinstance(indices, torch.Tensor) else indices
+            rows = tuple(torch.tensor(self.rows)[indices].tolist())
+        return self if rows == self.rows else BatchExperts.of_rows(rows, self.expert_index.device)
+
+    def repeated(self, repeats: int) -> "BatchExperts":
+        """Each row so many times, one after the other."""
+        rows = tuple(expert for expert in self.rows for _ in range(repeats))
+        return self if rows == self.rows else BatchExperts.of_rows(rows, self.expert_index.device)
 
     def of_prompts(self, num_prompts: int, expand_size: int) -> torch.LongTensor:
         """(B,) experts of the prompts, of which the cache holds `expand_size` rows each (beams, returned sequences).
@@ -24,32 +67,79 @@ class CacheExperts:
         Raises:
             ValueError: a cache of different experts with another number of rows.
         """
-        if len(self.expert_index) == num_prompts * expand_size:
+        if len(self.rows) == num_prompts * expand_size:
             return self.expert_index[::expand_size]
-        if self.active.expert is not None:  # rows may have been repeated or selected since
+        if self.active.expert is not None:
             return self.expert_index[:1].expand(num_prompts)
         raise ValueError(
-            f"past_key_values was filled by {len(self.expert_index)} rows of different experts, but the batch has "
+            f"past_key_values was filled by {len(self.rows)} rows of different experts, but the batch has "
             f"{num_prompts} prompts with {expand_size} rows each: give their experts as expert_index"
         )
 
-    def are(self, expert_index: torch.LongTensor, expand_size: int) -> bool:
-        """Whether these are the experts of (B,) prompts with `expand_size` rows of the cache each."""
-        filled = self.expert_index.tolist()
-        wanted = [expert for expert in expert_index.tolist() for _ in range(expand_size)]
-        return filled == wanted or (len({*filled, *wanted}) == 1)
+    def are(self, rows: Sequence[int], expand_size: int = 1) -> bool:
+        """Whether these are the experts of prompts with `expand_size` rows of the cache each."""
+        wanted = tuple(expert for expert in rows for _ in range(expand_size))
+        return self.rows == wanted or len({*self.rows, *wanted}) == 1
 
 
-def remember_experts(past_key_values: Cache | None, expert_index: torch.LongTensor, active: ActiveExperts):
+def _version(tensor: torch.Tensor) -> int:
+    # Tensors made in inference mode count no versions.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class FollowsRows:
+    """What is mixed into the class of a filled cache: `channel_merged_experts` are always those of its rows."""
+
+    channel_merged_experts: BatchExperts | None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor):
+        super().reorder_cache(beam_idx)
+        self.channel_merged_experts = self.channel_merged_experts and self.channel_merged_experts.selected(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        super().batch_select_indices(indices)
+        self.channel_merged_experts = self.channel_merged_experts and self.channel_merged_experts.selected(indices)
+
+    def batch_repeat_interleave(self, repeats: int):
+        super().batch_repeat_interleave(repeats)
+        self.channel_merged_experts = self.channel_merged_experts and self.channel_merged_experts.repeated(repeats)
+
+    def reset(self):
+        super().reset()
+        if self.get_seq_length() == 0:
+            self.channel_merged_experts = None
+
+    def __reduce__(self):
+        return _new_follower, (type(self).__mro__[2],), self.__dict__
+
+
+@remember_result
+def _follower(kind: type[Cache]) -> type[Cache]:
+    return type(kind.__name__, (FollowsRows, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _new_follower(kind: type[Cache]) -> Cache:
+    follower = _follower(kind)
+    return follower.__new__(follower)
+
+
+def remember_experts(past_key_values: Cache | None, experts: BatchExperts):
     """Keep the experts that filled a cache on it; a compiled step leaves what the eager prefill kept."""
-    if past_key_values is not None and not torch.compiler.is_dynamo_compiling():
-        past_key_values.channel_merged_experts = CacheExperts(expert_index, active)
+    if past_key_values is None or torch.compiler.is_dynamo_compiling():
+        return
+    if not isinstance(past_key_values, FollowsRows):
+        past_key_values.__class__ = _follower(type(past_key_values))
+    past_key_values.channel_merged_experts = experts
 
 
-def experts_of_cache(past_key_values: Cache | None) -> CacheExperts | None:
+def experts_of_cache(past_key_values: Cache | None) -> BatchExperts | None:
     """The experts that filled a cache; None for no cache or an empty one."""
     experts = getattr(past_key_values, "channel_merged_experts", None)
-    return experts if experts is not None and past_key_values.get_seq_length() > 0 else None
+    if experts is None:
+        return None
+    length = past_key_values.get_seq_length()
+    # A static cache counts on its device; `reset`, which alone empties it, has forgotten the experts.
+    return experts if isinstance(length, torch.Tensor) or length > 0 else None
 
 
 def empty_cache(past_key_values: Cache):
@@ -65,7 +155,6 @@ def empty_cache(past_key_values: Cache):
         raise ValueError(f"{NEEDS_EMPTY_CACHE}, and a {kind} cannot be emptied: start from a new cache") from error
     if past_key_values.get_seq_length() > 0:
         raise ValueError(f"{NEEDS_EMPTY_CACHE}, but a {kind} is not empty after reset(): start from a new cache")
-    past_key_values.channel_merged_experts = None
 
 
 NEEDS_EMPTY_CACHE = "another expert answers than the one that filled past_key_values"

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .expert_caches import empty_cache, experts_of_cache
+from .expert_caches import BatchExperts, empty_cache, experts_of_cache
 from .expert_stopping import ExpertEosCriteria
 from .model_outputs import RouterOutput
 from .router_inputs import router_messages
@@ -127,33 +127,38 @@ class ExpertGenerationMixin(GenerationMixin):
     ):
         """Called once per `generate`, before beams and returned sequences multiply the batch: the place to route."""
         call = _call.get() or _Call()
-        embeds = model_kwargs.get("inputs_embeds")
+        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get("past_key_values")
         inputs = input_ids if embeds is None else embeds
-        cache = model_kwargs.get("past_key_values")
         cached = experts_of_cache(cache)
         whole = embeds is not None or call.mask_length in (None, inputs.shape[1])
         if expert_index is not None:
-            routing = RouterOutput(expert_index=self.expert_ids(expert_index, inputs.shape[0], inputs.device))
+            call.routing = RouterOutput(expert_index=self.expert_ids(expert_index, len(inputs), inputs.device))
         elif cached is not None and (call.is_assistant or not (whole or call.router_inputs)):
-            routing = RouterOutput(expert_index=cached.of_prompts(inputs.shape[0], expand_size))
+            call.routing = RouterOutput(expert_index=cached.of_prompts(len(inputs), expand_size))
         elif call.router_inputs:
-            routing = self._route_by(call.router_inputs, inputs)
+            call.routing = self._route_by(call.router_inputs, inputs)
         else:
             # With inputs_embeds, `generate` hands over empty input_ids.
-            routing = self.route(None if embeds is not None else input_ids, model_kwargs.get("attention_mask"), embeds)
-        call.routing = routing
-        if cached is not None and not cached.are(routing.expert_index, expand_size):
-            if not whole:
-                names = [self.config.expert_names[expert] for expert in routing.expert_index.tolist()]
-                raise ValueError(
-                    f"past_key_values was filled by other experts than those that are to answer ({', '.join(names)}), "
-                    "and only the new tokens are given: give the whole conversation as input_ids, for them to read it"
-                )
-            logger.info("Other experts answer than those that filled past_key_values: it is emptied and filled anew.")
-            empty_cache(cache)
+            mask = model_kwargs.get("attention_mask")
+            call.routing = self.route(input_ids if embeds is None else None, mask, embeds)
+        if cached is not None:
+            self._hand_over(cache, cached, call.routing.expert_index.tolist(), expand_size, whole)
         return super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, expert_index=routing.expert_index, **model_kwargs
+            expand_size, is_encoder_decoder, input_ids, expert_index=call.routing.expert_index, **model_kwargs
         )
+
+    def _hand_over(self, cache: Cache, cached: BatchExperts, rows: list[int], expand_size: int, whole: bool):
+        """Empty a cache that other experts filled than those of the prompts' `rows`, if the `whole` text is given."""
+        if cached.are(rows, expand_size):
+            return
+        if not whole:
+            names = [self.config.expert_names[expert] for expert in rows]
+            raise ValueError(
+                f"past_key_values was filled by other experts than those that are to answer ({', '.join(names)}), "
+                "and only the new tokens are given: give the whole conversation as input_ids, for them to read it"
+            )
+        logger.info("Other experts answer than those that filled past_key_values: it is emptied and filled anew.")
+        empty_cache(cache)
 
     def _route_by(self, router_inputs: dict[str, torch.Tensor], prompts: torch.Tensor) -> RouterOutput:
         """Route each of the (B, ...) prompts by the router's own inputs."""

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .active_experts import ActiveExperts, activate, active_or_none
 from .channel_merged_layers import ChannelIndexed, PerExpert, find_modules, resize_channels, swap_modules
 from .configuration_channel_merged import ChannelMergedConfig
-from .expert_caches import experts_of_cache, remember_experts
+from .expert_caches import BatchExperts, experts_of_cache, remember_experts
 from .expert_router import ExpertRouter
 from .generation_channel_merged import ExpertGenerationMixin
 from .model_outputs import ChannelMergedCausalLMOutput, ChannelMergedModelOutput, RouterOutput
@@ -195,6 +195,10 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: an unknown name, an index out of range, or not one expert per row.
         """
+        return torch.tensor(self._expert_rows(expert_index, batch_size), dtype=torch.int64, device=device)
+
+    def _expert_rows(self, expert_index: ExpertIndex, batch_size: int | None) -> list[int]:
+        """`expert_ids` on the host; a tensor is read, once."""
         if isinstance(expert_index, torch.Tensor):
             if expert_index.is_floating_point() or expert_index.dtype == torch.bool or expert_index.dim() > 1:
                 raise ValueError(
@@ -202,13 +206,16 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
                     f"got {expert_index.dtype} of shape {tuple(expert_index.shape)}"
                 )
             expert_index = expert_index.tolist()
-        if isinstance(expert_index, str | int):
-            experts = [self.config.expert_id(expert_index)] * (1 if batch_size is None else batch_size)
-        else:
-            experts = [self.config.expert_id(expert) for expert in expert_index]
-        if batch_size is not None and len(experts) != batch_size:
-            raise ValueError(f"expert_index names {len(experts)} experts for a batch of {batch_size} rows")
-        return torch.tensor(experts, device=device)
+        try:
+            experts = None if isinstance(expert_index, str) else list(expert_index)
+        except TypeError:
+            experts = None
+        if experts is None:
+            experts = [expert_index] * (1 if batch_size is None else batch_size)
+        rows = [self.config.expert_id(expert) for expert in experts]
+        if batch_size is not None and len(rows) != batch_size:
+            raise ValueError(f"expert_index names {len(rows)} experts for a batch of {batch_size} rows")
+        return rows
 
     @torch.no_grad()
     def route(
@@ -348,52 +355,55 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None,
         past_key_values: Cache | None,
         expert_index: ExpertIndex | None,
-    ) -> tuple[ActiveExperts, torch.LongTensor, torch.FloatTensor | None]:
-        """Experts of a batch, their (B,) index, and the router logits where the router was asked.
+    ) -> tuple[BatchExperts, torch.FloatTensor | None]:
+        """Experts of a batch: those given, else those that filled the cache, else the router's, and then its logits.
 
         A filled cache keeps the experts that filled it; another expert's keys and values would be wrong silently.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
+        cached, router_logits = experts_of_cache(past_key_values), None
         if expert_index is not None and torch.compiler.is_dynamo_compiling():
-            return *self._experts_in_graph(inputs, expert_index), None
-        cached = experts_of_cache(past_key_values)
-        if expert_index is None:
-            if cached is not None:
-                return cached.active, cached.expert_index, None
-            routing = self._route(input_ids, attention_mask, inputs_embeds)
-            return ActiveExperts.from_index(routing.expert_index), routing.expert_index, routing.logits
-        if cached is not None and expert_index is cached.expert_index:
-            return cached.active, cached.expert_index, None
-        if isinstance(expert_index, str | int):  # nothing to read from a device
-            active = ActiveExperts(self.config.expert_id(expert_index))
-            expert_index = inputs.new_full(inputs.shape[:1], active.expert, dtype=torch.int64)
+            experts, cached = self._experts_in_graph(inputs, expert_index), None
+        elif cached is not None and (expert_index is None or cached.came_from(expert_index)):
+            experts = cached
+        elif expert_index is not None:
+            given = expert_index if isinstance(expert_index, torch.Tensor) else None
+            experts = BatchExperts.of_rows(self._expert_rows(expert_index, len(inputs)), inputs.device, given)
         else:
-            expert_index = self.expert_ids(expert_index, inputs.shape[0], inputs.device)
-            active = ActiveExperts.from_index(expert_index)
-        if cached is not None and expert_index.shape == cached.expert_index.shape:
-            self._check_same_experts(expert_index, cached.expert_index)
-        return active, expert_index, None
+            routing = self._route(input_ids, attention_mask, inputs_embeds)
+            experts = BatchExperts.of_rows(routing.expert_index.tolist(), inputs.device, routing.expert_index)
+            router_logits = routing.logits
+        if cached is not None:
+            experts = self._of_filled_cache(experts, cached, len(inputs))
+        return experts, router_logits
 
-    def _experts_in_graph(
-        self, inputs: torch.Tensor, expert_index: str | int | torch.LongTensor
-    ) -> tuple[ActiveExperts, torch.LongTensor]:
-        """The same while torch.compile traces, where nothing can be read from the device.
+    def _experts_in_graph(self, inputs: torch.Tensor, expert_index: str | int | torch.LongTensor) -> BatchExperts:
+        """The given experts while torch.compile traces, where nothing can be read from the device.
 
         No checks; one graph for each expert that is named, and one for all (B,) tensors, which run as mixed batches.
         """
         if isinstance(expert_index, torch.Tensor):
-            return ActiveExperts.mixed(expert_index), expert_index
+            return BatchExperts(expert_index, ActiveExperts.mixed(expert_index))
         active = ActiveExperts(self.config.expert_id(expert_index))
-        return active, inputs.new_full(inputs.shape[:1], active.expert, dtype=torch.int64)
+        return BatchExperts(inputs.new_full(inputs.shape[:1], active.expert, dtype=torch.int64), active)
 
-    def _check_same_experts(self, expert_index: torch.LongTensor, cached: torch.LongTensor):
-        for row, (wanted, filled) in enumerate(zip(expert_index.tolist(), cached.tolist(), strict=True)):
+    def _of_filled_cache(self, experts: BatchExperts, cached: BatchExperts, batch_size: int) -> BatchExperts:
+        """The experts of a batch that goes on from a cache; ValueError if others filled it."""
+        names = self.config.expert_names
+        for row, (wanted, filled) in enumerate(zip(experts.rows, cached.rows)):
             if wanted != filled:
-                names = self.config.expert_names
                 raise ValueError(
                     f"row {row} asks for expert {names[wanted]!r}, but past_key_values was filled by "
                     f"{names[filled]!r}: start from an empty cache to change the expert"
                 )
+        if len(cached.rows) == batch_size:
+            return experts
+        if len({*experts.rows, *cached.rows}) > 1:
+            raise ValueError(
+                f"past_key_values was filled by {len(cached.rows)} rows of different experts, but the batch has "
+                f"{batch_size} rows: select the cache's rows by its own methods, such as batch_select_indices"
+            )
+        return BatchExperts.of_rows(cached.rows[:1] * batch_size, experts.expert_index.device)
 
 
 class ChannelMergedModel(ChannelMergedPreTrainedModel):
@@ -426,10 +436,10 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
         """Hidden states (B, T, H) of the expert of each row: `expert_index`, else the cache's, else the router's."""
         if router_only:
             return self._route(input_ids, attention_mask, inputs_embeds)
-        active, expert_index, router_logits = self._experts_of_batch(
+        experts, router_logits = self._experts_of_batch(
             input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
         )
-        with activate(active):
+        with activate(experts.active):
             outputs = self.model.base_model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -439,14 +449,14 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
                 use_cache=use_cache,
                 **kwargs,
             )
-        remember_experts(outputs.past_key_values, expert_index, active)
+        remember_experts(outputs.past_key_values, experts)
         return ChannelMergedModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=router_logits,
-            expert_index=expert_index,
+            expert_index=experts.expert_index,
         )
 
 
@@ -498,11 +508,11 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
             router_logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
             loss = self.router_loss(router_logits, expert_labels, kwargs.get("num_items_in_batch"))
             return ChannelMergedCausalLMOutput(loss=loss, router_logits=router_logits)
-        active, expert_index, router_logits = self._experts_of_batch(
+        experts, router_logits = self._experts_of_batch(
             input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
         )
         capped = self._caps_missing_tokens()
-        with activate(active):
+        with activate(experts.active):
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -514,11 +524,11 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        remember_experts(outputs.past_key_values, expert_index, active)
+        remember_experts(outputs.past_key_values, experts)
         loss, logits = outputs.loss, outputs.logits
         if capped:
             index = self.get_output_embeddings().channel_index
-            missing = index[expert_index.to(index.device)] < 0  # (B, V)
+            missing = index[experts.expert_index.to(index.device)] < 0  # (B, V)
             logits = logits.masked_fill(missing[:, None].to(logits.device), float("-inf"))
             if labels is not None:
                 loss = self.model.loss_function(logits, labels, self.config.vocab_size, **kwargs)
@@ -529,7 +539,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=router_logits,
-            expert_index=expert_index,
+            expert_index=experts.expert_index,
         )
 
     def _caps_missing_tokens(self) -> bool:

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -143,6 +144,44 @@ def test_token_outside_an_experts_vocabulary_is_never_generated(llama_model, pro
         mixed = llama_model(prompts, expert_index=[1, 0, 1]).logits
     assert mixed[0, :, favourite].isneginf().all() and mixed[1].isfinite().all()
     assert favourite not in llama_model.generate(prompts, expert_index=1, **GREEDY)[0, 7:]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what waits for a device: item(), bool() and int() of tensors, and tolist()."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, tolist = 0, torch.Tensor.tolist
+
+        def counted(tensor):
+            self.count += 1
+            return tolist(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+    def of_generate(self, model, prompts, new_tokens: int, **options) -> int:
+        before = self.count
+        with self:
+            model.generate(prompts, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **options)
+        return self.count - before
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("experts", [1, [2, 0, 1], None], ids=["one", "mixed", "routed"])
+def test_decoding_reads_nothing_from_the_device(llama_model, prompts, monkeypatch, options, experts):
+    """Beyond what the dense model's own generate reads; reordered beams of different experts are read once a step."""
+    dense, reads = dense_expert(llama_model, 1), HostReads(monkeypatch)
+    llama_model.generate(prompts, expert_index=experts, **GREEDY)  # derives its runs
+    merged, expected = (
+        [reads.of_generate(model, prompts, count, **options, **given) for count in (3, 8)]
+        for model, given in ((llama_model, {"expert_index": experts}), (dense, {}))
+    )
+    moved = 5 if "num_beams" in options and experts != 1 else 0
+    assert merged[1] - merged[0] == expected[1] - expected[0] + moved
 
 
 # Routing

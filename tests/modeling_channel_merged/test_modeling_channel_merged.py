@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -97,6 +98,8 @@ def test_forward_routes_when_no_expert_is_given(llama_model, prompts):
 def test_expert_index_forms(llama_model, prompts):
     """Name, index, list and tensor mean the same."""
     forms = ["math", 1, ["math"] * 3, [1, "math", 1], torch.tensor([1, 1, 1]), torch.tensor(1)]
+    forms += [np.int64(1), np.array([1, 1, 1]), np.array(1), (1, np.int32(1), torch.tensor(1))]
+    forms += [torch.tensor([1, 1, 1], dtype=torch.int32)]
     with torch.no_grad():
         logits = [llama_model(prompts, expert_index=form).logits for form in forms]
         generated = [llama_model.generate(prompts, expert_index=form, **GREEDY) for form in forms]
@@ -115,6 +118,12 @@ def test_expert_index_forms(llama_model, prompts):
         (torch.tensor([0, 1, 7]), "expert index 7 is out of range"),
         (torch.tensor([0.0, 1.0, 2.0]), r"integer tensor of shape \(B,\), got torch.float32"),
         (torch.zeros(3, 1, dtype=torch.int64), r"got torch.int64 of shape \(3, 1\)"),
+        (1.0, r"expert 1.0 is neither a name nor an index: this model has \['instruct', 'math', 'code'\], 0 to 2"),
+        (True, "expert True is neither"),
+        ([[0]] * 3, r"expert \[0\] is neither"),
+        ([None] * 3, "expert None is neither"),
+        (np.array([0.0, 1.0, 2.0]), r"expert np.float64\(0.0\) is neither|expert 0.0 is neither"),
+        ({1: 2}.items(), "expert .* is neither"),
     ],
     ids=str,
 )
