@@ -6,7 +6,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-FORMAT_VERSION = 1
+# Version 1 may leave out `router.features`: its first routers, which named none, read the trunk alone.
+FORMAT_VERSION = 2
 
 AUTO_MAP = {
     "AutoConfig": "configuration_channel_merged.ChannelMergedConfig",
@@ -16,8 +17,6 @@ AUTO_MAP = {
 
 POOLINGS = ("mean", "last")
 ROUTER_FEATURES = ("trunk_and_ngrams", "trunk")
-# What every config named that was saved before `features` was a choice; its router reads the trunk alone.
-FIRST_ROUTER_FIELDS = {"layers", "pooling", "trunk_expert", "default_expert", "threshold"}
 CONTEXTS = ("last_user_turn", "conversation")
 
 
@@ -43,7 +42,7 @@ class ChannelMergedConfig(PreTrainedConfig):
         expert_eos_token_ids: tokens that end an expert's answer, by its name; None where all have
             `generation_config.eos_token_id`.
         merge: how the checkpoint was made (recipe, revisions, method, seed, versions); only kept, never read.
-        format_version: version of the stored form.
+        format_version: version of the stored form; an older one is read as what it meant, and saved as the newest.
     """
 
     model_type = "channel_merged"
@@ -63,6 +62,13 @@ class ChannelMergedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {self.format_version}, but this code reads versions 1 to {FORMAT_VERSION}: "
+                "load it with the checkpoint's own code files (trust_remote_code=True) or update channel-merged"
+            )
+        features = "trunk" if self.format_version == 1 else "trunk_and_ngrams"
+        self.format_version = FORMAT_VERSION
         if self.expert_names is None:
             self.expert_names = [f"expert_{expert}" for expert in range(self.num_experts or 2)]
         if self.num_experts is None:
@@ -71,7 +77,7 @@ class ChannelMergedConfig(PreTrainedConfig):
         self.router = {
             "layers": max(1, self.text_config.num_hidden_layers // 10),
             "pooling": "mean",
-            "features": "trunk" if FIRST_ROUTER_FIELDS <= set(self.router or ()) else "trunk_and_ngrams",
+            "features": features,
             "temperature": 1.0,
             "trunk_expert": self.expert_names[0],
             "default_expert": self.expert_names[0],
@@ -93,11 +99,6 @@ class ChannelMergedConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Raise ValueError with the field, its value and what was expected."""
         names = self.expert_names
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version is {self.format_version}, but this code reads versions up to {FORMAT_VERSION}: "
-                "load it with the checkpoint's own code files (trust_remote_code=True) or update channel-merged"
-            )
         if len(names) != self.num_experts:
             raise ValueError(f"num_experts is {self.num_experts}, but expert_names has {len(names)}: {names}")
         if len(set(names)) != len(names):

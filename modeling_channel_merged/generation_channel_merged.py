@@ -84,8 +84,8 @@ class ExpertGenerationMixin(GenerationMixin):
         call = _Call()
         if router_input_ids is not None:
             call.router_inputs = {"input_ids": router_input_ids, "attention_mask": router_attention_mask}
-        if kwargs.get("attention_mask") is not None:
-            call.mask_length = kwargs["attention_mask"].shape[1]
+        if isinstance(kwargs.get("attention_mask"), torch.Tensor):
+            call.mask_length = kwargs["attention_mask"].shape[-1]
         generation_config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         call.is_assistant = bool(getattr(generation_config, "is_assistant", False))
         token = _call.set(call)
@@ -193,9 +193,14 @@ class ExpertGenerationMixin(GenerationMixin):
         return StoppingCriteriaList(replaced)
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
-        """A draft model of another class knows no experts."""
-        if assistant_model is not None and not isinstance(assistant_model, ExpertGenerationMixin):
+        """A draft is handed the names of the experts; one that does not know them all routes, or knows no experts."""
+        if assistant_model is not None and "expert_index" in model_kwargs:
+            names = [self.config.expert_names[expert] for expert in model_kwargs["expert_index"].tolist()]
             model_kwargs = {key: value for key, value in model_kwargs.items() if key != "expert_index"}
+            draft = assistant_model.config
+            # Not by its class: the draft may run another copy of this code.
+            if draft.model_type == self.config.model_type and {*names} <= {*draft.expert_names}:
+                model_kwargs["expert_index"] = names
         return super()._get_candidate_generator(
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .active_experts import ActiveExperts, activate, active_or_none
 from .channel_merged_layers import ChannelIndexed, PerExpert, find_modules, resize_channels, swap_modules
@@ -24,7 +24,7 @@ from .expert_caches import BatchExperts, experts_of_cache, remember_experts
 from .expert_router import ExpertRouter
 from .generation_channel_merged import ExpertGenerationMixin
 from .model_outputs import ChannelMergedCausalLMOutput, ChannelMergedModelOutput, RouterOutput
-from .router_inputs import shorten
+from .router_inputs import check_router_mask, shorten
 
 logger = logging.get_logger(__name__)
 
@@ -65,6 +65,24 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["router"]
     # Checkpoints leave it out until the router is trained; it starts at zero.
     _keys_to_ignore_on_load_missing = [r"^router\.ngrams\.weight$"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in Transformers; tensor parallel plans, which would shard nothing of a channel-merged model, are refused.
+
+        Raises:
+            ValueError: `tp_plan`, `tp_size`, or a `distributed_config` with one of them.
+        """
+        distributed = kwargs.get("distributed_config")
+        for name in ("tp_plan", "tp_size"):
+            in_config = distributed.get(name) if isinstance(distributed, dict) else getattr(distributed, name, None)
+            value = in_config if kwargs.get(name) is None else kwargs[name]
+            if value is not None and value != 1:
+                raise ValueError(
+                    f"{name} is {value!r}, but channel-merged models do not run tensor parallel yet: leave it out, "
+                    'split the model with device_map="auto", or export one expert'
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def __init__(self, config: ChannelMergedConfig):
         inner_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.text_config), None)
@@ -236,14 +254,19 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
             top_k: also return this many most probable experts, at most N.
 
         Raises:
-            ValueError: top_k is not a number from 1 to N.
+            ValueError: top_k is not a number from 1 to N, a mask that is not (B, T), or a query whose features are not
+                finite.
         """
         num_experts = self.config.num_experts
         if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= num_experts):
             raise ValueError(f"top_k is {top_k!r}, expected 1 to {num_experts}, the number of experts")
         # Through __call__, so that the hooks of sharded and offloaded models run.
         routing = self(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, router_only=True
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            router_only=True,
+            return_dict=True,
         )
         if top_k is not None:
             probabilities, experts = routing.probabilities.sort(dim=-1, descending=True, stable=True)
@@ -271,7 +294,9 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         They come from frozen weights, so training may compute them once and give them to `model.router`.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
-        if attention_mask is None:
+        if attention_mask is not None:
+            check_router_mask(attention_mask, inputs)
+        else:
             attention_mask = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
         max_tokens = self.config.router["max_tokens"]
         input_ids, attention_mask, inputs_embeds = shorten(input_ids, attention_mask, inputs_embeds, max_tokens)
@@ -280,15 +305,19 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         if "position_ids" in inspect.signature(decoder.forward).parameters:
             arguments["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         trunk = ActiveExperts(self.config.expert_id(self.config.router["trunk_expert"]), trunk_only=True)
-        training = decoder.training
-        decoder.eval()  # dropout would blur the features that the router learns from
+        # Dropout would blur the features that the router learns from. Nothing is written in eval mode, so that threads
+        # may share the model.
+        training = [module for module in decoder.modules() if module.training]
         try:
+            for module in training:
+                module.training = False
             with activate(trunk):
                 decoder(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)
         except _TrunkDone as done:
             hidden_states = done.hidden_states
         finally:
-            decoder.train(training)
+            for module in training:
+                module.training = True
         weight = self.router.head.weight
         device = hidden_states.device if weight.is_meta else weight.device  # an offloaded router comes to its inputs
         input_ids = None if input_ids is None else input_ids.to(device)
@@ -344,6 +373,12 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         else:
             has_tokens = (attention_mask != 0).any(-1).to(logits.device)
         logits = logits.masked_fill(~has_tokens[:, None], 0.0)
+        if not logits.isfinite().all():
+            row = int((~logits.isfinite()).any(-1).nonzero()[0])
+            raise ValueError(
+                f"query {row} cannot be routed: its router logits are {logits[row].tolist()}, expected finite "
+                "numbers: its embeddings, the first blocks or the router hold NaN or overflow in this dtype"
+            )
         default = self.config.expert_id(self.config.router["default_expert"])
         expert_index = self.choose_experts(logits).where(has_tokens, default)
         return RouterOutput(logits=logits, expert_index=expert_index, probabilities=self.router_probabilities(logits))
@@ -421,6 +456,7 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
     def get_output_embeddings(self) -> None:
         return None
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -447,6 +483,7 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                return_dict=True,
                 **kwargs,
             )
         remember_experts(outputs.past_key_values, experts)
@@ -471,6 +508,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
     ```
     """
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -522,6 +560,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
                 labels=None if capped else labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                return_dict=True,
                 **kwargs,
             )
         remember_experts(outputs.past_key_values, experts)

@@ -33,6 +33,17 @@ def router_messages(messages: list[dict[str, Any]], context: str) -> list[dict[s
     return [{"role": "user", "content": "\n\n".join(turns)}]
 
 
+def check_router_mask(attention_mask: Any, inputs: torch.Tensor):
+    """Raise ValueError if a mask does not say which of the (B, T, ...) `inputs` are tokens and which are padding."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape == inputs.shape[:2]:
+        return
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+    raise ValueError(
+        f"attention_mask is {shape}, but routing reads one of shape {tuple(inputs.shape[:2])}, 1 for tokens and 0 for "
+        "padding: give such a mask, or the experts as expert_index"
+    )
+
+
 def shorten(
     input_ids: torch.LongTensor | None,
     attention_mask: torch.Tensor,

@@ -196,7 +196,7 @@ def test_damaged_checkpoint(stored, tmp_path, edit, message):
     ("values", "message"),
     [
         ({"model_type": "llama"}, "not a channel-merged checkpoint: its model_type is 'llama'"),
-        ({"format_version": 99}, "format_version is 99, expected 1 to 1"),
+        ({"format_version": 99}, "format_version is 99, expected 1 to 2"),
         ({"format_version": None}, "format_version is None"),
     ],
 )

@@ -26,6 +26,7 @@ def make(**kwargs):
         ({"expert_names": ["a", "b"], "router": {"features": "tokens"}}, "router.features is 'tokens', expected"),
         ({"expert_names": ["a", "b"], "router": {"temperature": 0}}, "router.temperature is 0, expected"),
         ({"expert_names": ["a", "b"], "format_version": 99}, "format_version is 99"),
+        ({"expert_names": ["a", "b"], "format_version": 0}, "format_version is 0, .* reads versions 1 to 2"),
         (
             {"expert_names": ["a", "b"], "expert_vocabularies": {"c": {"size": 2, "runs": [[0, 2]]}}},
             r"expert_vocabularies\['c'\] .* expected an expert of \['a', 'b'\]",
@@ -58,11 +59,25 @@ def test_round_trip(tmp_path):
 
 def test_a_router_of_an_older_checkpoint_gets_what_came_later():
     old = {"layers": 2, "pooling": "last", "trunk_expert": "b", "default_expert": "b", "threshold": 0.3}
-    router = make(expert_names=["a", "b"], router=old).router
+    config = make(expert_names=["a", "b"], router=old, format_version=1)
+    router = config.router
     assert {key: router[key] for key in old} == old
     assert (router["max_tokens"], router["context"]) == (256, "last_user_turn")
     assert (router["features"], router["temperature"]) == ("trunk", 1.0)
-    assert make(expert_names=["a", "b"], router={"layers": 2}).router["features"] == "trunk_and_ngrams"
+    assert make(**{key: getattr(config, key) for key in ("expert_names", "router", "format_version")}).router == router
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_version_alone_says_what_is_left_out(version):
+    """Whichever other fields a router names; one that names its features is as it says."""
+    names = {"expert_names": ["a", "b"], "format_version": version}
+    complete = {key: value for key, value in make(**names).router.items() if key != "features"}
+    for router in ({"layers": 2}, complete):
+        expected = "trunk" if version == 1 else "trunk_and_ngrams"
+        assert make(**names, router=router).router["features"] == expected
+        for features in ("trunk", "trunk_and_ngrams"):
+            config = make(**names, router={**router, "features": features})
+            assert config.router["features"] == features and config.format_version == 2
 
 
 def test_vocabularies_survive_a_round_trip(tmp_path):
@@ -82,7 +97,7 @@ def test_answers_for_the_base():
     assert config.get_text_config() is config.text_config
 
 
-@pytest.mark.parametrize("expert", ["c", 2, -1, True])
+@pytest.mark.parametrize("expert", ["c", 2, -1, True, 1.0, None, [0]], ids=str)
 def test_unknown_expert(expert):
     with pytest.raises(ValueError, match="this model has"):
         make(expert_names=["a", "b"]).expert_id(expert)

@@ -519,6 +519,43 @@ def test_assisted_by_channel_merged_drafts(llama_model, prompts):
     assert routed == [1]
 
 
+def asked_experts(draft, monkeypatch) -> list:
+    """What a draft is asked for, as `generate` hands it over."""
+    asked, generate = [], draft.generate
+    record = lambda *args, **kwargs: asked.append(kwargs.get("expert_index")) or generate(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(draft, "generate", record)
+    return asked
+
+
+def test_a_draft_is_asked_for_the_expert_of_that_name(llama_model, prompts, monkeypatch):
+    """Its numbers are its own; without an expert of that name it routes, by its own router, once."""
+    expected = llama_model.generate(prompts[:1], expert_index="code", **GREEDY)
+    for names, handed in ((["code", "law", "instruct"], ["code"]), (["a", "b", "c"], None)):
+        draft, routed = random_model(CONFIGS["llama"](), 3, seed=5), []
+        draft.config.expert_names = names
+        draft.config.router.update(trunk_expert=names[0], default_expert=names[0])
+        draft.router.register_forward_pre_hook(lambda *args, routed=routed: routed.append(1))
+        asked = asked_experts(draft, monkeypatch)
+        output = llama_model.generate(prompts[:1], expert_index="code", assistant_model=draft, **GREEDY)
+        assert torch.equal(output, expected)
+        assert asked and all(given == handed for given in asked)
+        assert len(routed) == (handed is None)
+
+
+def test_a_draft_of_another_copy_of_the_code_is_known(llama_model, prompts, monkeypatch, tmp_path):
+    """As remote code it is of no class that this process knows."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    random_model(CONFIGS["llama"](), 3, seed=5).save_pretrained(tmp_path)
+    remote = get_class_from_dynamic_module("modeling_channel_merged.ChannelMergedForCausalLM", tmp_path)
+    draft = remote.from_pretrained(tmp_path).eval()
+    assert not isinstance(draft, ChannelMergedForCausalLM)
+    asked = asked_experts(draft, monkeypatch)
+    assisted = llama_model.generate(prompts[:1], expert_index=1, assistant_model=draft, **GREEDY)
+    assert torch.equal(assisted, llama_model.generate(prompts[:1], expert_index=1, **GREEDY))
+    assert asked and all(given == ["math"] for given in asked)
+
+
 def test_assisted_on_a_cache_of_another_expert(llama_model, prompts):
     first = llama_model.generate(prompts[:1], expert_index=0, return_dict_in_generate=True, **GREEDY)
     expected = llama_model.generate(first.sequences, expert_index=1, **GREEDY)

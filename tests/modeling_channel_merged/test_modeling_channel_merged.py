@@ -1,6 +1,7 @@
 """The whole model: every expert is the dense model it came from, alone and mixed, in forward and in generate."""
 
 import copy
+import functools
 import json
 import os
 import pickle
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from accelerate import cpu_offload, disk_offload
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config, LlamaConfig, StaticCache
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM, ChannelMergedModel
@@ -189,6 +194,86 @@ def test_router_features_have_no_dropout(prompts):
     assert model.model.training
 
 
+def test_routing_keeps_every_modules_own_mode(prompts):
+    """A part that was put to eval() inside of a training model stays so; a model in eval mode is not written to."""
+    model = random_model(CONFIGS["llama"](), 3).train()
+    model.decoder_blocks()[0].self_attn.eval()
+    modes = [module.training for module in model.modules()]
+    model.route(prompts)
+    assert [module.training for module in model.modules()] == modes and {*modes} == {True, False}
+    model.eval()
+    written, write = [], nn.Module.__setattr__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.Module, "__setattr__", lambda module, name, value: written.append(name) or write(module, name, value)
+        )
+        model.route(prompts)
+    assert "training" not in written
+
+
+def test_a_query_of_nan_is_not_answered_in_silence(llama_model):
+    embeds = torch.randn(3, 5, 48, generator=torch.Generator().manual_seed(0))
+    embeds[1, 2, 3] = float("nan")
+    calls = (llama_model.route, llama_model, lambda inputs_embeds: llama_model.generate(inputs_embeds=inputs_embeds))
+    for call in calls:
+        with pytest.raises(ValueError, match="query 1 cannot be routed: its router logits are .*nan"):
+            call(inputs_embeds=embeds)
+    assert llama_model(inputs_embeds=embeds, expert_index=1).logits[1].isnan().any()
+    mask = torch.ones(3, 5)
+    mask[1] = 0
+    assert llama_model.route(inputs_embeds=embeds, attention_mask=mask).expert_index[1] == 0
+
+
+@pytest.mark.parametrize("call", ["route", "forward"])
+def test_masks_that_routing_cannot_read(llama_model, prompts, call):
+    """Masks as the attention layers want them say nothing about padding; with the expert given they are used."""
+    causal = torch.ones(7, 7, dtype=torch.bool).tril().expand(3, 1, 7, 7)
+    for mask, shown in ((causal, r"\(3, 1, 7, 7\)"), ({"full_attention": causal}, "dict")):
+        with pytest.raises(ValueError, match=f"attention_mask is {shown}, but routing .* or .* expert_index"):
+            getattr(llama_model, call)(prompts, attention_mask=mask)
+    logits = llama_model(prompts, attention_mask=causal, expert_index=[2, 0, 1]).logits
+    torch.testing.assert_close(logits, llama_model(prompts, expert_index=[2, 0, 1]).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tuples_instead_of_outputs(llama_model, prompts, tmp_path):
+    """As in Transformers: what is not None, in the order of the output's fields, by argument or by the config."""
+    llama_model.save_pretrained(tmp_path)
+    headless = ChannelMergedModel.from_pretrained(tmp_path)
+    options = {"input_ids": prompts, "use_cache": False}
+    for model in (llama_model, headless):
+        for more in ({}, {"expert_index": 1}, {"router_only": True}):
+            expected = model(**options, **more).to_tuple()
+            for by_config in (False, True):
+                model.config.return_dict = not by_config
+                outputs = model(**options, **more, **({} if by_config else {"return_dict": False}))
+                assert type(outputs) is tuple and len(outputs) == len(expected)
+                assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected))
+                assert model.route(prompts).expert_index.shape == (3,)
+            model.config.return_dict = True
+    labelled = llama_model(prompts, expert_labels=torch.tensor([0, 1, 2]), return_dict=False)
+    assert len(labelled) == 2 and labelled[0].dim() == 0 and labelled[1].shape == (3, 3)
+    expected = llama_model.generate(prompts, **GREEDY)
+    llama_model.config.return_dict = False
+    assert torch.equal(llama_model.generate(prompts, **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tp_plan": "auto"}, "tp_plan is 'auto', but channel-merged models do not run tensor parallel yet"),
+        ({"tp_size": 2}, "tp_size is 2"),
+        ({"distributed_config": DistributedConfig(tp_size=2)}, "tp_size is 2"),
+        ({"distributed_config": DistributedConfig(tp_plan="auto")}, "tp_plan is 'auto'"),
+    ],
+    ids=str,
+)
+def test_tensor_parallel_is_refused(llama_model, tmp_path, options, message):
+    """Before anything is read: nothing would be sharded, and plain tensors would meet sharded ones."""
+    with pytest.raises(ValueError, match=message):
+        ChannelMergedForCausalLM.from_pretrained(tmp_path / "absent", **options)
+
+
 def test_router_labels_by_name(llama_model, prompts):
     by_index = llama_model(prompts, expert_labels=torch.tensor([2, 0, 1])).loss
     assert torch.equal(llama_model(prompts, expert_labels=["code", "instruct", "math"]).loss, by_index)
@@ -336,10 +421,55 @@ def test_gradient_checkpointing_gives_the_same_gradients(text_config, prompts, e
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_that_forgets_the_experts_is_an_error(llama_model, prompts, reentrant):
+    """A user's own wrapper runs the blocks again where no expert is known: never with those of another call."""
+    for block in llama_model.decoder_blocks():
+        run = functools.partial(checkpoint, use_reentrant=reentrant)
+        block.forward = lambda *args, run=run, block=block.forward, **kwargs: run(
+            functools.partial(block, **kwargs), *args
+        )
+    llama_model.train()
+    embeds = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = llama_model(inputs_embeds=embeds, labels=prompts, expert_index=[2, 0, 1], use_cache=False).loss
+    llama_model(inputs_embeds=embeds, expert_index=1, use_cache=False)
+    with pytest.raises(RuntimeError, match="called outside of its model"):
+        loss.backward()
+
+
+def test_fsdps_activation_checkpointing_is_an_error_too(llama_model, prompts):
+    blocks = {*llama_model.decoder_blocks()}
+    apply_activation_checkpointing(llama_model, check_fn=lambda module: module in blocks)
+    loss = llama_model.train()(prompts, labels=prompts, expert_index=1, use_cache=False).loss
+    with pytest.raises(RuntimeError, match="called outside of its model"):
+        loss.backward()
+    assert llama_model.route(prompts).logits.shape == (3, 3)
+
+
 def test_language_modelling_loss_is_the_dense_models(text_config, prompts):
     model = random_model(text_config, 2)
     loss = model(prompts, labels=prompts, expert_index=1).loss
     torch.testing.assert_close(loss, dense_expert(model, 1)(prompts, labels=prompts).loss)
+
+
+# Offloading
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "untrained"])
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_an_offloaded_model_routes_and_answers(text_config, prompts, tmp_path, kind, trained):
+    """Every weight, the router's too, is on the meta device but while its module runs."""
+    model = random_model(text_config, 3, trained_router=trained)
+    expected = model.route(prompts)
+    text = model.generate(prompts, expert_index=1, **GREEDY)
+    if kind == "cpu":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert model.router.head.weight.is_meta
+    routing = model.route(prompts)
+    assert torch.equal(routing.logits, expected.logits) and torch.equal(routing.expert_index, expected.expert_index)
+    assert torch.equal(model.generate(prompts, expert_index=1, **GREEDY), text)
 
 
 # Saving and loading
@@ -485,6 +615,7 @@ def test_checkpoint_from_before_ngrams_routes_as_it_did(llama_model, prompts, tm
     llama_model.save_pretrained(tmp_path)
     damage(tmp_path, lambda tensors: tensors.pop("router.ngrams.weight"))
     config = json.loads((tmp_path / "config.json").read_text())
+    config["format_version"] = 1
     for key in ("features", "temperature", "max_tokens", "context"):
         del config["router"][key]
     (tmp_path / "config.json").write_text(json.dumps(config))
