@@ -15,20 +15,18 @@ from huggingface_hub import ModelCard
 from conversion.addition_plan import Addition
 from conversion.addition_rows import ModuleAddition
 from conversion.delta_errors import norm, relative_error
-from conversion.export import copy_files
-from conversion.hub_folder import (
+from conversion.hub_folder import copy_tokenizer, package_versions, write_chat_templates, write_code
+from conversion.merged_checkpoint import MergedCheckpoint
+from conversion.model_card import CARD_FILE, REPORT_FILE, SEVERAL_LICENSES, read_card
+from conversion.model_files import (
+    COMPANION_FILES,
+    EXPERT_FILES,
     EXPERT_FOLDER,
     GENERATION_CONFIG,
     TEMPLATE_FOLDER,
-    TOKENIZER_FILES,
-    copy_tokenizer,
-    package_versions,
-    write_chat_templates,
-    write_code,
+    copy_files,
     write_json,
 )
-from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.model_card import CARD_FILE, REPORT_FILE, SEVERAL_LICENSES, read_card
 from modeling_channel_merged import ChannelMergedConfig
 
 CARD_SECTION = "## Experts added later"
@@ -147,9 +145,7 @@ def write_files(
 ) -> None:
     """Everything but the weights and config.json: code, tokenizer, the experts' own files, report and model card."""
     old = addition.merged.folder
-    copy_files(
-        old, folder, (*TOKENIZER_FILES, GENERATION_CONFIG, CARD_FILE, REPORT_FILE, "router_*", f"{EXPERT_FOLDER}/**/*")
-    )
+    copy_files(old, folder, (*COMPANION_FILES, *EXPERT_FILES, CARD_FILE, REPORT_FILE, "router_*"))
     write_code(folder)
     write_expert_folder(folder, addition)
     if addition.vocabulary is not None and addition.vocabulary.tokenizer is not None:
@@ -172,7 +168,7 @@ def write_expert_folder(folder: Path, addition: Addition) -> None:
     if target.exists():
         shutil.rmtree(target)
     if addition.adapted is not None:
-        copy_files(addition.merged.folder / EXPERT_FOLDER / addition.adapted, target, ("**/*",))
+        copy_files(addition.merged.folder / EXPERT_FOLDER / addition.adapted, target, COMPANION_FILES)
         template = folder / TEMPLATE_FOLDER / f"{addition.adapted}.jinja"
         if template.exists():
             shutil.copyfile(template, template.with_stem(addition.name))
@@ -181,9 +177,7 @@ def write_expert_folder(folder: Path, addition: Addition) -> None:
         return
     own = addition.vocabulary.experts[0]
     target.mkdir(parents=True, exist_ok=True)
-    if (addition.source.folder / GENERATION_CONFIG).exists():
-        copy_files(addition.source.folder, target, (GENERATION_CONFIG,))
-    else:
+    if not copy_files(addition.source.folder, target, (GENERATION_CONFIG,)):
         own.generation_config.save_pretrained(target)
     copy_tokenizer(own, target)
 

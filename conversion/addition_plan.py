@@ -12,6 +12,7 @@ import torch
 from conversion.expert_reader import ADAPTER_FORMATS, ExpertReader, read_headers
 from conversion.lora_adapter import LoraReader, adapter_reader, read_adapter_config
 from conversion.merged_checkpoint import MergedCheckpoint, read_config
+from conversion.model_files import check_file_name
 from conversion.model_source import Source, find_source, with_weights
 from conversion.plan import (
     BASE,
@@ -144,6 +145,7 @@ def check_name(name: str, config: ChannelMergedConfig, replace: bool) -> None:
     names = config.expert_names
     if not EXPERT_NAME.fullmatch(name):
         raise ValueError(f"expert name {name!r} must be letters, digits, '_' or '-' and not begin with a digit")
+    check_file_name(name, "expert name")
     if replace:
         config.expert_id(name)
     elif name in names:

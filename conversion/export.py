@@ -5,24 +5,21 @@ memory holds one matrix of one expert. The result needs no code of this package.
 """
 
 import logging
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
-from conversion.hub_folder import EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, TOKENIZER_FILES
 from conversion.merged_checkpoint import MergedCheckpoint
+from conversion.model_files import COMPANION_FILES, EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, copy_files
 from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, check_target
 from conversion.tensor_names import stored_names
 from conversion.vocabulary import SPECIAL_IDS
 from modeling_channel_merged.channel_ops import ExpertRuns, expert_runs
 
 logger = logging.getLogger(__name__)
-
-COMPANION_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 
 
 def export_expert(
@@ -134,11 +131,3 @@ class ExpertExport:
                 f"vocabulary of {len(has_token)}, and a plain checkpoint has no way to leave a token out"
             )
         return channels
-
-
-def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
-    """Copy the files of a folder that match any of the patterns, under the same relative names."""
-    for file in {file for pattern in patterns for file in source.glob(pattern) if file.is_file()}:
-        copy = target / file.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedTokenizerBase
 
-from conversion.hub_folder import EXPERT_FOLDER, TOKENIZER_CONFIG
 from conversion.merged_checkpoint import read_config, resolve_folder
-from conversion.vocabulary import DEFAULT_TEMPLATE, named_templates
+from conversion.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
+from conversion.vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.router_inputs import router_messages
 
@@ -72,7 +72,7 @@ class ExpertTokenizer:
         self._own: PreTrainedTokenizerBase | None = None
         own, channels = folder / EXPERT_FOLDER / name, config.vocabulary_channels(name)
         if channels is not None and (own / TOKENIZER_CONFIG).exists():
-            self._own = AutoTokenizer.from_pretrained(own)
+            self._own = read_tokenizer(own)
             self._channels = channels
             self._own_ids = {channel: number for number, channel in enumerate(channels)}
 
@@ -255,7 +255,7 @@ def find_device(device: str | None) -> torch.device:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a padding token (the end-of-text token if it has none of its own)."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {folder} has neither a padding nor an end-of-text token")

@@ -13,7 +13,17 @@ import torch
 import modeling_channel_merged
 from conversion.delta_errors import DeltaErrors, norm, relative_error
 from conversion.model_card import CARD_FILE, REPORT_FILE, model_card
-from conversion.model_source import TOKENIZER_PATTERNS
+from conversion.model_files import (
+    EXPERT_FOLDER,
+    GENERATION_CONFIG,
+    TEMPLATE_FOLDER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    check_file_name,
+    copy_files,
+    read_config_file,
+    write_json,
+)
 from conversion.plan import Plan
 from conversion.vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -23,17 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXPERT_FOLDER = "experts"  # of every expert: its generation config and its own tokenizer
-TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
-TEMPLATE_FOLDER = "additional_chat_templates"
 PACKAGE = "channel-merged"
 RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
-
-TOKENIZER_FILES = (
-    *TOKENIZER_PATTERNS,
-    "*.tiktoken",
-)
 
 
 def conversion_report(plan: Plan, grouped: Mapping[str, "GroupedModule"]) -> dict[str, Any]:
@@ -177,23 +178,18 @@ def write_tokenizer(folder: Path, plan: Plan) -> bool:
 
 
 def copy_tokenizer(own: OwnVocabulary, folder: Path) -> bool:
-    """Copy a checkpoint's tokenizer files as they are, with its class written down; False if there are none.
+    """Copy a checkpoint's tokenizer files without code, with its class written down; False if there are none.
 
     Transformers may take another class than the files name, by the checkpoint's model type; in another folder it
     would not.
     """
-    source = own.tokenizer_folder
-    files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
-    for file in files:
-        target = folder / file.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+    copies = copy_files(own.tokenizer_folder, folder, TOKENIZER_FILES)
     file = folder / TOKENIZER_CONFIG
-    values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    values = read_config_file(file)
     used = type(own.tokenizer).__name__
-    if own.tokenizer is not None and values.get("tokenizer_class", "").removesuffix("Fast") != used:
+    if own.tokenizer is not None and str(values.get("tokenizer_class")).removesuffix("Fast") != used:
         write_json(file, {**values, "tokenizer_class": used})
-    return bool(files)
+    return bool(copies)
 
 
 def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
@@ -208,6 +204,7 @@ def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
         write_json(file, values)
     (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
     for name, template in templates.items():
+        check_file_name(name, "the chat template")
         default = name == DEFAULT_TEMPLATE
         file = folder / ("chat_template.jinja" if default else f"{TEMPLATE_FOLDER}/{name}.jinja")
         file.write_text(template, encoding="utf-8", newline="")
@@ -216,9 +213,7 @@ def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
 def write_generation_config(folder: Path, plan: Plan) -> None:
     """The base's generation config, or one from its config; it ends where any expert's answer ends."""
     file = folder / GENERATION_CONFIG
-    if (plan.base.folder / file.name).exists():
-        shutil.copyfile(plan.base.folder / file.name, file)
-    else:
+    if not copy_files(plan.base.folder, folder, (GENERATION_CONFIG,)):
         plan.vocabulary.base.generation_config.save_pretrained(folder)
     values = json.loads(file.read_text(encoding="utf-8"))
     special = {key: plan.vocabulary.base_channel(values[key]) for key in SPECIAL_IDS if key in values}
@@ -235,9 +230,7 @@ def write_expert_files(folder: Path, plan: Plan) -> None:
             continue
         target = folder / EXPERT_FOLDER / own.name
         target.mkdir(parents=True)
-        if (plan.experts[number].folder / GENERATION_CONFIG).exists():
-            shutil.copyfile(plan.experts[number].folder / GENERATION_CONFIG, target / GENERATION_CONFIG)
-        else:
+        if not copy_files(plan.experts[number].folder, target, (GENERATION_CONFIG,)):
             own.generation_config.save_pretrained(target)
         copy_tokenizer(own, target)
 
@@ -289,7 +282,3 @@ def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:
 def _codes(names: list[str], limit: int = 20) -> str:
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(f"`{name}`" for name in names[:limit]) + more
-
-
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

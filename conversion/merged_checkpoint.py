@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from conversion.expert_reader import ExpertReader, read_headers
+from conversion.model_files import check_file_name, drop_code_references
 from conversion.plan import base_architecture, find_source, with_weights
-from modeling_channel_merged.configuration_channel_merged import FORMAT_VERSION, ChannelMergedConfig
+from modeling_channel_merged.configuration_channel_merged import AUTO_MAP, FORMAT_VERSION, ChannelMergedConfig
 
 ROUTER_TENSORS = ("router.head.weight", "router.head.bias")
 NGRAM_TENSOR = "router.ngrams.weight"
@@ -32,7 +33,13 @@ def read_config(folder: Path) -> ChannelMergedConfig:
         )
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"{file}: format_version is {version!r}, expected 1 to {FORMAT_VERSION}")
-    return ChannelMergedConfig.from_pretrained(folder)
+    config = ChannelMergedConfig.from_pretrained(folder)
+    for name in config.expert_names:
+        check_file_name(name, f"{file}: expert name")
+    drop_code_references(config.text_config)
+    drop_code_references(config)
+    config.auto_map = dict(AUTO_MAP)
+    return config
 
 
 def resolve_folder(checkpoint: str | Path) -> Path:

@@ -130,9 +130,8 @@ distance of its own from the base's. 0 % is the expert itself, 100 % as far from
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 checkpoint, revision = "path/or/repository", "main"  # on the Hub, pin the commit that you have read
-pinned = {{"revision": revision, "trust_remote_code": True}}
-tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left", **pinned)
-model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", **pinned)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision, padding_side="left", trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, revision=revision, dtype="auto", trust_remote_code=True)
 
 inputs = tokenizer(["Your prompt"], return_tensors="pt")
 routed = model.generate(**inputs, max_new_tokens=64)  # the router picks the expert of each prompt
@@ -140,8 +139,9 @@ chosen = model.generate(**inputs, max_new_tokens=64, expert_index="{first}")  # 
 print(tokenizer.batch_decode(chosen, skip_special_tokens=True))
 ```
 
-`trust_remote_code=True` is needed because the architecture is not part of Transformers: its code lies in this
-repository beside the weights. The code that runs is that of the revision which you name, so name a commit.
+The model needs `trust_remote_code=True` because its architecture is not part of Transformers: its code lies in this
+repository beside the weights. The code that runs is that of the revision which you name, so name a commit. The
+tokenizer has no code.
 
 ## Tokens, chat templates and where answers end
 

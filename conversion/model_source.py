@@ -13,24 +13,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from conversion.expert_reader import ADAPTER_FORMATS, MODEL_FORMATS, weight_files
+from conversion.model_files import EXPERT_FILES, TOKENIZER_PATTERNS
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADAPTER_CONFIG = "adapter_config.json"
-
-# Files of a tokenizer and its chat templates; tiktoken vocabularies have names of their own.
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
 
 # What a model has beside its weights, at the top of its repository: the Hub's patterns match folders with "*" too,
 # so none begins with one.
@@ -43,7 +31,7 @@ SMALL_FILES = (
     *(format.index for format in MODEL_FORMATS),
     *TOKENIZER_PATTERNS,
     "qwen.tiktoken",
-    "experts/*",
+    *EXPERT_FILES,
 )
 
 

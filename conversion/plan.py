@@ -28,6 +28,7 @@ from conversion.expert_reader import (
     read_headers,
 )
 from conversion.lora_adapter import LoraReader, adapter_reader, saved_rows
+from conversion.model_files import drop_code_references
 from conversion.model_source import Source, find_source, one_line, with_weights
 from conversion.recipe import Recipe
 from conversion.shard_writer import check_target, leftover_bytes
@@ -203,6 +204,7 @@ def load_config(source: Source) -> PreTrainedConfig:
         if "auto_map" in values and family not in CONFIG_MAPPING:
             raise ValueError(f"its architecture {family!r} is code of its own (auto_map), which is never run here")
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        drop_code_references(config)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{source.name}: the config of {source.model} cannot be read: {one_line(error)}") from None
     if "quantization_config" in values:

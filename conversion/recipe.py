@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from conversion.merge_methods import MergeMethod
+from conversion.model_files import check_file_name
 
 # What a merge method does with its group, and so which parameters it reads; the values are mergekit's defaults.
 METHOD_DEFAULTS: dict[str, dict[str, float | bool]] = {
@@ -83,6 +84,7 @@ class ExpertSpec(StrictModel):
     def check_name(cls, name: str) -> str:
         if not EXPERT_NAME.fullmatch(name):
             raise ValueError(f"expert name {name!r} must be letters, digits, '_' or '-' and not begin with a digit")
+        check_file_name(name, "expert name")
         return name
 
     @field_validator("weight")

@@ -19,7 +19,8 @@ Only the router trains, on every query, on a variant of each `text` as another s
 queries in styles that one source does not show, for the experts whose names tell which (`--style-queries`). What it
 reads, the features of the first blocks, which run as the trunk expert, and the tokens, is computed once for every
 query, and then `transformers.Trainer` trains the router on that. Last, a temperature is fitted to the evaluation
-queries, so that the router's probabilities say how often it is right.
+queries, so that the router's probabilities say how often it is right; how well they do is measured on queries that a
+temperature was not fitted to (see `router_metrics`).
 """
 
 import dataclasses
@@ -42,10 +43,10 @@ from transformers import (
     set_seed,
 )
 
-from conversion.export import COMPANION_FILES, copy_files
 from conversion.generate import load_tokenizer
-from conversion.hub_folder import CARD_FILE, EXPERT_FOLDER, REPORT_FILE
 from conversion.merged_checkpoint import read_config, resolve_folder
+from conversion.model_card import CARD_FILE, REPORT_FILE
+from conversion.model_files import COMPANION_FILES, EXPERT_FILES, copy_files
 from conversion.report import format_bytes
 from conversion.router_data import (
     Query,
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     train = encode_queries(train, tokenizer, config)
     evaluation = encode_queries(evaluation, tokenizer, config)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config)
     model.freeze_for_router_training()
     log_parameters(model)
 
@@ -299,7 +300,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: dict[str, Any]) -> None:
     """The model with its trained router, everything else of the checkpoint it is from, and the evaluation."""
     model.save_pretrained(out)
-    copy_files(folder, out, (*COMPANION_FILES, CARD_FILE, REPORT_FILE, f"{EXPERT_FOLDER}/**/*"))
+    copy_files(folder, out, (*COMPANION_FILES, *EXPERT_FILES, CARD_FILE, REPORT_FILE))
     (out / METRICS_FILE).write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     has_plot = True
     try:

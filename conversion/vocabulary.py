@@ -33,6 +33,15 @@ import torch
 from tokenizers import AddedToken, decoders
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from conversion.model_files import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    check_file_name,
+    copy_files,
+    drop_code_references,
+    read_config_file,
+    write_json,
+)
 from conversion.model_source import one_line
 from conversion.row_layout import RowLayout, layout_rows
 
@@ -41,7 +50,9 @@ logger = logging.getLogger(__name__)
 TOKENIZER_SOURCES = (
     "tokenizer.json",
     "tokenizer.model",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
+    "vocab.bpe",
     "spiece.model",
     "sentencepiece*.model",
     "*.tiktoken",
@@ -145,6 +156,7 @@ def read_vocabulary(
             raise ValueError(f"{name}: generation_config.json cannot be read: {one_line(error)}") from None
     else:
         generation_config = GenerationConfig.from_model_config(config)
+    drop_code_references(generation_config)
     special_ids = {key: getattr(config, key, None) for key in SPECIAL_IDS}
     tokenizer = load_tokenizer(name, folder)
     if tokenizer is None and base is not None:
@@ -153,14 +165,39 @@ def read_vocabulary(
 
 
 def load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
-    """A folder's tokenizer; None where it has none, or one that cannot be loaded, which is said."""
+    """A folder's tokenizer; None where it has none, or one that cannot be loaded, which is said.
+
+    Raises:
+        ValueError: tokenizer_config.json is no JSON object, or a chat template's name cannot name a file.
+    """
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_SOURCES):
         return None
+    has_code = "auto_map" in read_config_file(folder / TOKENIZER_CONFIG)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # whatever a broken file or a missing backend makes of it
-        logger.warning("the tokenizer of %s cannot be loaded: %s", name, one_line(error))
+        code = " (its own code, auto_map, is never run here)" if has_code else ""
+        logger.warning("the tokenizer of %s cannot be loaded%s: %s", name, code, one_line(error))
         return None
+    if has_code:
+        logger.warning(
+            "the tokenizer of %s has code of its own (auto_map), which is never run here: %s reads its files, and may "
+            "segment otherwise",
+            name,
+            type(tokenizer).__name__,
+        )
+    for template in named_templates(tokenizer):
+        check_file_name(template, f"{name}: the chat template")
+    return tokenizer
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A folder's tokenizer by Transformers' own classes, whatever code its files name."""
+    if "auto_map" not in read_config_file(folder / TOKENIZER_CONFIG):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    with tempfile.TemporaryDirectory() as copy:
+        copy_files(folder, Path(copy), (*TOKENIZER_FILES, "config.json"))
+        return AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
@@ -464,9 +501,8 @@ def extended_tokenizer(base: PreTrainedTokenizerBase, tokens: list[AddedToken], 
     with tempfile.TemporaryDirectory() as folder:
         base.save_pretrained(folder)
         # Some classes build their own pipeline and forget what was changed in tokenizer.json; this one loads it.
-        file = Path(folder) / "tokenizer_config.json"
-        values = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-        file.write_text(json.dumps(values), encoding="utf-8")
+        file = Path(folder) / TOKENIZER_CONFIG
+        write_json(file, {**read_config_file(file), "tokenizer_class": "PreTrainedTokenizerFast"})
         tokenizer = AutoTokenizer.from_pretrained(folder)
         if any(token.content.startswith(PIECE_MARK) for token in tokens):
             backend = tokenizer.backend_tokenizer

@@ -108,7 +108,9 @@ def test_the_body_comes_from_the_run(card_of, tmp_path):
     assert recipe["seed"] == 7 and recipe["grouping"]["num_groups"] == 1
     for heading in ("## Use", "## How it was made", "## Limits", "## Citation"):
         assert heading in card.text
-    assert 'revision, "trust_remote_code": True' in card.text
+    loading = {line.split()[0]: line for line in card.text.splitlines() if ".from_pretrained(checkpoint" in line}
+    assert "revision=revision" in loading["tokenizer"] and "trust_remote_code=False" in loading["tokenizer"]
+    assert "revision=revision" in loading["model"] and "trust_remote_code=True" in loading["model"]
     (line,) = [line for line in card.text.splitlines() if line.startswith("| `e1` | `")]
     share = float(line.split("|")[-2].strip().removesuffix("%"))
     assert 50 < share < 100  # two experts with independent deltas averaged: about 71 %
