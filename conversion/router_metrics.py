@@ -4,7 +4,9 @@ Shapes: B queries, N experts. Logits are float (B, N), labels int (B,), both num
 the most probable one, whatever the threshold says.
 
 Expected calibration error (ECE): queries are put into 15 bins of equal width by the probability of the picked expert;
-ECE is the mean over queries of |share of right picks in the bin - mean probability in the bin|.
+ECE is the mean over queries of |share of right picks in the bin - mean probability in the bin|. The temperature is
+fitted to the evaluation queries, so what it achieves is measured by cross-fitting: each query's probabilities are at a
+temperature that was fitted to the queries of the other folds.
 """
 
 import re
@@ -20,6 +22,8 @@ from transformers import EvalPrediction
 NUM_BINS = 15
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TEMPERATURES = (1e-2, 1e2)  # what a fit may give
+CALIBRATION_FOLDS = 5
+MIN_CALIBRATION_QUERIES = 50  # on fewer, neither a temperature nor an error of probabilities says anything
 MAX_SOURCES = 20  # in a table for readers; the JSON has all
 METRICS_FILE = "router_eval.json"
 PLOT_FILE = "router_confusion.png"
@@ -84,6 +88,38 @@ def useful_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return temperature if errors[1] < errors[0] else 1.0
 
 
+def cross_fitted_temperatures(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """For each query `useful_temperature` of the queries in other folds than its own: (B, 1).
+
+    Every expert's queries go to the folds in turn, in their order.
+    """
+    folds = np.empty(len(labels), dtype=int)
+    folds[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % CALIBRATION_FOLDS
+    temperatures = np.empty((len(labels), 1))
+    for fold in range(CALIBRATION_FOLDS):
+        left = folds != fold
+        temperatures[~left] = useful_temperature(logits[left], labels[left])
+    return temperatures
+
+
+def calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
+    """The temperature that was fitted to these queries, and what such a temperature achieves on others, cross-fitted.
+
+    The calibration error and the loss (mean of -log(probability of the right expert)) are None for fewer than
+    `MIN_CALIBRATION_QUERIES`; `..._before` are those without a temperature.
+    """
+    errors = dict.fromkeys(("ece_before", "ece", "loss_before", "loss"))
+    if len(labels) >= MIN_CALIBRATION_QUERIES:
+        scaled = logits / cross_fitted_temperatures(logits, labels)
+        errors = {
+            "ece_before": expected_calibration_error(logits, labels),
+            "ece": expected_calibration_error(scaled, labels),
+            "loss_before": negative_log_likelihood(logits, labels),
+            "loss": negative_log_likelihood(scaled, labels),
+        }
+    return {"temperature": temperature, "bins": NUM_BINS, "folds": CALIBRATION_FOLDS, **errors}
+
+
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_experts: int) -> np.ndarray:
     """Queries by right expert (row) and picked expert (column): (N, N) int64, from two (B,) arrays."""
     matrix = np.zeros((num_experts, num_experts), dtype=np.int64)
@@ -125,7 +161,8 @@ def evaluate_router(
 
     Args:
         sources: where each query is from.
-        router: `temperature`, `threshold` and `default_expert`, as the checkpoint's config has them.
+        router: `temperature` (fitted to these queries), `threshold` and `default_expert`, as the checkpoint's config
+            has them.
     """
     temperature = router["temperature"]
     picked, names = logits.argmax(-1), expert_names
@@ -140,14 +177,7 @@ def evaluate_router(
         "recall": dict(zip(names, recall)),
         "confusion_matrix": matrix.tolist(),  # rows: the right expert, columns: the one that the router picked
         "sources": source_table(labels, picked, confidence, sources, names),
-        "calibration": {
-            "temperature": temperature,
-            "bins": NUM_BINS,
-            "ece_before": expected_calibration_error(logits, labels),
-            "ece": expected_calibration_error(logits, labels, temperature),
-            "loss_before": negative_log_likelihood(logits, labels),
-            "loss": negative_log_likelihood(logits, labels, temperature),
-        },
+        "calibration": calibration(logits, labels, temperature),
         "threshold": router["threshold"],
         "thresholds": threshold_table(labels, picked, confidence, names.index(router["default_expert"])),
     }
@@ -225,11 +255,22 @@ def threshold_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]
 
 def summary(metrics: dict[str, Any]) -> str:
     """The evaluation in one line."""
-    calibration = metrics["calibration"]
     return (
         f"accuracy {metrics['accuracy']:.3f}, macro accuracy {metrics['macro_accuracy']:.3f} on "
-        f"{metrics['queries']:,} queries; calibration error {calibration['ece']:.3f} at temperature "
-        f"{calibration['temperature']:.3g} ({calibration['ece_before']:.3f} without)"
+        f"{metrics['queries']:,} queries; {calibration_summary(metrics['calibration'])}"
+    )
+
+
+def calibration_summary(calibration: dict[str, Any]) -> str:
+    """The calibration in a clause."""
+    if calibration["ece"] is None:
+        return (
+            f"temperature {calibration['temperature']:.3g}, no calibration error: fewer than "
+            f"{MIN_CALIBRATION_QUERIES} queries"
+        )
+    return (
+        f"calibration error {calibration['ece']:.3f} ({calibration['folds']}-fold cross-fitted) with the temperature, "
+        f"now {calibration['temperature']:.3g}, and {calibration['ece_before']:.3f} without"
     )
 
 
@@ -281,6 +322,13 @@ def plot_confusion(metrics: dict[str, Any], file: str | Path) -> None:
 def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
     """The model card's section about the router, in Markdown."""
     calibration = metrics["calibration"]
+    error = (
+        f"They are too few (at least {MIN_CALIBRATION_QUERIES} are needed) to say how far off the probabilities are."
+        if calibration["ece"] is None
+        else f"On queries that it is not fitted to, the expected calibration error ({calibration['bins']} bins) is "
+        f"{calibration['ece']:.3f}, without a temperature {calibration['ece_before']:.3f}: measured by "
+        f"{calibration['folds']}-fold cross-fitting. The tables show the fitted queries themselves."
+    )
     threshold = (
         f"Below a probability of {metrics['threshold']:g} the default expert answers (`config.router['threshold']`)."
         if metrics["threshold"]
@@ -295,9 +343,8 @@ def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
         markdown_table(*confusion_rows(metrics)),
         *([f"![Queries by right and picked expert]({PLOT_FILE})"] if has_plot else []),
         markdown_table(*source_rows(metrics)),
-        f"Its probabilities were calibrated on the evaluation queries with a temperature of "
-        f"{calibration['temperature']:.3g}: the expected calibration error ({calibration['bins']} bins) is "
-        f"{calibration['ece']:.3f}, without it {calibration['ece_before']:.3f}. {threshold}",
+        f"Its logits are divided by a temperature of {calibration['temperature']:.3g}, which was fitted to the "
+        f"evaluation queries. {error} {threshold}",
         markdown_table(*threshold_rows(metrics)),
     ]
     return "\n\n".join(parts)

@@ -8,10 +8,15 @@ from rich.console import Console
 from transformers import EvalPrediction
 
 from conversion.router_metrics import (
+    CALIBRATION_FOLDS,
+    MIN_CALIBRATION_QUERIES,
     NUM_BINS,
     THRESHOLDS,
     add_to_card,
+    calibration,
+    card_section,
     confusion_matrix,
+    cross_fitted_temperatures,
     evaluate_router,
     evaluation_tables,
     expected_calibration_error,
@@ -21,6 +26,7 @@ from conversion.router_metrics import (
     probabilities,
     recalls,
     router_metrics,
+    summary,
     useful_temperature,
 )
 
@@ -95,6 +101,54 @@ def test_temperature_of_few_queries_stays_sane():
     assert fit_temperature(wrong, np.array([0, 1, 2])) == pytest.approx(100, rel=1e-3)
 
 
+def test_the_calibration_error_is_measured_where_nothing_was_fitted():
+    """A loop over folds; no query's temperature has seen its label, however that is changed."""
+    logits, labels = calibrated(203, 3.0)
+    temperatures = cross_fitted_temperatures(logits, labels)
+    folds = np.zeros(len(labels), dtype=int)
+    for place, number in enumerate(sorted(range(len(labels)), key=lambda number: labels[number])):
+        folds[number] = place % CALIBRATION_FOLDS
+    chances = np.empty_like(logits, dtype=np.float64)
+    for fold in range(CALIBRATION_FOLDS):
+        temperature = useful_temperature(logits[folds != fold], labels[folds != fold])
+        assert (temperatures[folds == fold] == temperature).all()
+        chances[folds == fold] = probabilities(logits[folds == fold], temperature)
+    stored = useful_temperature(logits, labels)
+    measured = calibration(logits, labels, stored)
+    assert measured["temperature"] == stored
+    assert measured["ece"] == pytest.approx(expected_calibration_error(np.log(chances), labels))
+    assert measured["loss"] == pytest.approx(negative_log_likelihood(np.log(chances), labels))
+    assert measured["ece_before"] == expected_calibration_error(logits, labels)
+    # Fitted where it is measured, the loss is the least that a temperature can give: flattery.
+    assert measured["loss"] > negative_log_likelihood(logits, labels, fit_temperature(logits, labels))
+
+
+def test_every_experts_queries_are_in_all_folds():
+    """Sorted by expert or not: no fold is left without one of its experts, and nobody's temperature is his own."""
+    logits, labels = calibrated(60, 3.0)
+    order = np.argsort(labels, kind="stable")
+    sorted_by_expert = cross_fitted_temperatures(logits[order], labels[order])
+    assert cross_fitted_temperatures(logits, labels)[order] == pytest.approx(sorted_by_expert)
+    assert len(np.unique(sorted_by_expert)) == CALIBRATION_FOLDS
+    for expert in range(3):
+        assert len(np.unique(sorted_by_expert[labels[order] == expert])) == CALIBRATION_FOLDS
+
+
+def test_too_few_queries_to_measure_calibration():
+    """It is said, instead of a number that means nothing; one query more, and there is one."""
+    logits, labels = calibrated(MIN_CALIBRATION_QUERIES, 2.0)
+    few = metrics_of(logits[1:], labels[1:])
+    assert few["calibration"] == {
+        **{"temperature": 1.0, "bins": NUM_BINS, "folds": CALIBRATION_FOLDS},
+        **dict.fromkeys(("ece_before", "ece", "loss_before", "loss")),
+    }
+    assert "no calibration error: fewer than 50 queries" in summary(few)
+    assert "too few (at least 50 are needed)" in card_section(few, has_plot=False)
+    enough = metrics_of(logits, labels)
+    assert f"calibration error {enough['calibration']['ece']:.3f} (5-fold cross-fitted)" in summary(enough)
+    assert f"is {enough['calibration']['ece']:.3f}, without a temperature" in card_section(enough, has_plot=False)
+
+
 def test_temperature_changes_no_pick():
     logits, labels = calibrated(200, 3.0)
     before, after = metrics_of(logits, labels), metrics_of(logits, labels, temperature=fit_temperature(logits, labels))
@@ -130,7 +184,7 @@ def test_terminal_shows_everything():
     text = text_of(metrics)
     assert "source [7]" in text and "10 more, see router_eval.json" in text
     assert "math" in text and "picked math" not in text and "router decides" in text
-    assert f"calibration error {metrics['calibration']['ece']:.3f} at temperature 1 (" in text
+    assert f"calibration error {metrics['calibration']['ece']:.3f} (5-fold cross-fitted) with the temperature" in text
 
 
 def test_card_section_is_replaced(tmp_path):

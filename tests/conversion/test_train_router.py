@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from conversion.generate import load_tokenizer
 from conversion.report import format_bytes
-from conversion.router_metrics import expected_calibration_error, fit_temperature, probabilities
+from conversion.router_metrics import calibration, fit_temperature, probabilities
 from conversion.train_router import main, parse_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +25,9 @@ EXPERTS = ["instruct", "math", "code"]
 def train(stored, tmp_path, router_rows, write_jsonl):
     """Run the recipe on easy data; further arguments as on the command line."""
 
-    def run(*arguments, out="routed"):
+    def run(*arguments, out="routed", queries=30):
         data = write_jsonl(tmp_path / "train.jsonl", router_rows(90, seed=0))
-        evaluation = write_jsonl(tmp_path / "eval.jsonl", router_rows(30, seed=1))
+        evaluation = write_jsonl(tmp_path / "eval.jsonl", router_rows(queries, seed=1))
         return main(
             [
                 *("--checkpoint", str(stored.folder), "--train-data", data, "--eval-data", evaluation),
@@ -98,8 +98,8 @@ def test_training_is_deterministic(train, router_of):
 
 def test_cached_features_change_nothing(train, router_of):
     """The trunk run once for all epochs, or in every step: the same router, up to rounding in other batches."""
-    cached = train("--num-train-epochs", "2", out="cached")
-    plain = train("--num-train-epochs", "2", "--cache-features", "false", out="plain")
+    cached = train("--num-train-epochs", "2", out="cached", queries=60)
+    plain = train("--num-train-epochs", "2", "--cache-features", "false", out="plain", queries=60)
     assert cached["confusion_matrix"] == plain["confusion_matrix"]
     assert cached["calibration"] == pytest.approx(plain["calibration"], rel=1e-3)
     first, second = router_of("cached"), router_of("plain")
@@ -140,7 +140,7 @@ def test_the_trunk_runs_once_for_each_query(stored, train, monkeypatch, caplog):
 
 def test_probabilities_are_calibrated(train, tmp_path):
     """The stored temperature fits the evaluation queries; what is reported of it is what the saved model does."""
-    metrics = train("--num-train-epochs", "1", "--learning-rate", "0.02")  # right, and unsure
+    metrics = train("--num-train-epochs", "1", "--learning-rate", "0.02", queries=60)  # right, and unsure
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "routed"), load_tokenizer(tmp_path / "routed")
     rows = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
     inputs = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
@@ -154,16 +154,14 @@ def test_probabilities_are_calibrated(train, tmp_path):
     )
     assert temperature != 1.0
     assert routing.probabilities.numpy() == pytest.approx(probabilities(logits, temperature), abs=1e-6)
-    assert metrics["calibration"]["ece"] == pytest.approx(
-        expected_calibration_error(logits, labels, temperature), abs=1e-4
-    )
+    assert metrics["calibration"]["ece"] == pytest.approx(calibration(logits, labels, temperature)["ece"], abs=1e-4)
 
 
 def test_training_again_starts_from_the_router(stored, train, tmp_path):
     """A trained checkpoint can be trained on; its temperature has no part in the loss and is fitted anew."""
-    first = train("--num-train-epochs", "3")
+    first = train("--num-train-epochs", "3", queries=60)
     options = ("--checkpoint", str(tmp_path / "routed"), "--learning-rate", "1e-9", "--num-train-epochs", "1")
-    second = train(*options, out="again")
+    second = train(*options, out="again", queries=60)
     assert second["calibration"] == pytest.approx(first["calibration"], rel=1e-3)
 
 
