@@ -155,7 +155,9 @@ def add_expert(
     ] = 0.0,
     base: Annotated[
         str | None,
-        typer.Option(metavar="BASE", help="Base model, for adapters and --tolerance; default: as the recipe had it."),
+        typer.Option(
+            metavar="BASE", help="Base model, for adapters and --tolerance; default: the recipe's, from the Hub."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",

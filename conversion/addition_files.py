@@ -10,26 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
 
 from conversion.addition_plan import Addition
 from conversion.addition_rows import ModuleAddition
 from conversion.delta_errors import norm, relative_error
 from conversion.hub_folder import copy_tokenizer, package_versions, write_chat_templates, write_code
 from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.model_card import CARD_FILE, REPORT_FILE, SEVERAL_LICENSES, read_card
+from conversion.model_card import card_records, read_card, write_card
 from conversion.model_files import (
     COMPANION_FILES,
     EXPERT_FILES,
     EXPERT_FOLDER,
     GENERATION_CONFIG,
+    REPORT_FILE,
     TEMPLATE_FOLDER,
     copy_files,
     write_json,
 )
 from modeling_channel_merged import ChannelMergedConfig
 
-CARD_SECTION = "## Experts added later"
 ROUTER_PREFIX = "router."
 
 
@@ -56,7 +55,8 @@ def parameter_counts(addition: Addition, modules: Mapping[str, ModuleAddition]) 
         for parameter in parameters
     )
     kept = addition.num_experts * per_expert
-    return {"stored": stored + kept, "experts": separate + kept}
+    channels = sum(module.out_features for module in merged.modules.channel.values())
+    return {"stored": stored + kept, "experts": separate + kept, "indices": addition.num_experts * channels}
 
 
 def addition_record(addition: Addition, modules: Mapping[str, ModuleAddition]) -> dict[str, Any]:
@@ -143,9 +143,12 @@ def generation_values(folder: Path) -> dict[str, Any]:
 def write_files(
     folder: Path, addition: Addition, modules: Mapping[str, ModuleAddition], config: ChannelMergedConfig
 ) -> None:
-    """Everything but the weights and config.json: code, tokenizer, the experts' own files, report and model card."""
+    """Everything but the weights and config.json: code, tokenizer, the experts' own files, report and model card.
+
+    The evaluation of the router stays behind: it is that of a router without this expert.
+    """
     old = addition.merged.folder
-    copy_files(old, folder, (*COMPANION_FILES, *EXPERT_FILES, CARD_FILE, REPORT_FILE, "router_*"))
+    copy_files(old, folder, (*COMPANION_FILES, *EXPERT_FILES))
     write_code(folder)
     write_expert_folder(folder, addition)
     if addition.vocabulary is not None and addition.vocabulary.tokenizer is not None:
@@ -153,11 +156,10 @@ def write_files(
     if all_tokens(end_tokens(addition)) != stored_end_tokens(addition.merged):
         values = {**generation_values(folder), "eos_token_id": config.eos_token_id}
         write_json(folder / GENERATION_CONFIG, values)
-    if (folder / REPORT_FILE).exists():
-        report = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    if (old / REPORT_FILE).exists():
+        report = json.loads((old / REPORT_FILE).read_text(encoding="utf-8"))
         write_json(folder / REPORT_FILE, extended_report(report, addition, modules, config))
-    if (folder / CARD_FILE).exists():
-        extend_card(folder / CARD_FILE, addition, config)
+        write_card(folder)
 
 
 def write_expert_folder(folder: Path, addition: Addition) -> None:
@@ -190,6 +192,10 @@ def extended_report(
 ) -> dict[str, Any]:
     """The conversion's report with the new expert's numbers; what it says of the others stays true."""
     name, names = addition.name, addition.expert_names
+    if "experts" in report:
+        cards = card_records(report, addition.merged.folder)
+        card = read_card(name, addition.source.folder).record()
+        report["cards"] = {**cards, "experts": {**cards["experts"], name: card}}
     report |= {key: config.merge[key] for key in ("experts", "added_experts", "parameters")}
     for path, module in modules.items():
         part = report.get("modules", {}).get(path)
@@ -231,49 +237,3 @@ def vocabulary_report(experts: Mapping[str, Any], addition: Addition) -> dict[st
         for expert, other in enumerate(addition.expert_names)
         if other in updated
     }
-
-
-def extend_card(file: Path, addition: Addition, config: ChannelMergedConfig) -> None:
-    """Say in the model card which experts came later, and whose licence counts too."""
-    card = ModelCard.load(file, ignore_metadata_errors=True)
-    theirs = read_card(addition.source)
-    if theirs.license and theirs.license != card.data.license:
-        card.data.license, card.data.license_name, card.data.license_link = "other", SEVERAL_LICENSES, None
-    if addition.source.revision:
-        models = card.data.base_model or []
-        models = [models] if isinstance(models, str) else models
-        card.data.base_model = list(dict.fromkeys([*models, addition.source.repository]))
-    lines = [
-        CARD_SECTION,
-        "",
-        f"This checkpoint was changed after its conversion and has the experts {', '.join(config.expert_names)} in "
-        f"{config.merge['parameters']['stored']:,} parameters, "
-        f"{config.merge['parameters']['stored'] / config.merge['parameters']['experts']:.1%} of "
-        f"{config.merge['parameters']['experts']:,}. Numbers elsewhere in this card are those of the conversion. All "
-        "experts that are not named here are bit for bit as they were.",
-        "",
-        "| expert | from | licence | rows of its own | rows that were there | relative error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for record in config.merge["added_experts"]:
-        license = theirs.license_text if record["name"] == addition.name else "see its repository"
-        error = record["relative_error"]
-        lines.append(
-            f"| {record['name']}{' (exchanged)' if record['replaces'] else ''} | {record['model']} | {license} | "
-            f"{record['new_rows']:,} | {record['reused_rows']:,} | {'-' if error is None else f'{error:.1%}'} |"
-        )
-    text = card.text
-    if CARD_SECTION in text:
-        before, _, after = text.partition(CARD_SECTION)
-        following = after.find("\n## ")
-        text = before + (after[following + 1 :] if following >= 0 else "")
-    before, limits, after = text.partition("## Limits\n")
-    card.text = before.rstrip() + "\n\n" + "\n".join(lines) + "\n\n" + limits + after
-    file.write_text(card_text(card), encoding="utf-8")
-
-
-def card_text(card: ModelCard) -> str:
-    """The card with its metadata; without the block where there is none."""
-    metadata = card.data.to_yaml().strip()
-    body = card.text.lstrip("\n")
-    return f"---\n{metadata}\n---\n\n{body}" if metadata not in ("", "{}") else body

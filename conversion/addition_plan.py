@@ -165,7 +165,7 @@ def check_not_of_rows(source: Source) -> None:
 
 
 def find_base(config: ChannelMergedConfig, base: str | Path | None) -> Source:
-    """The base model: as given, else as the checkpoint's conversion recorded it."""
+    """The base model: as given, else the Hub repository (or, in old checkpoints, the folder) that was recorded."""
     if base is not None:
         return find_source(BASE, str(base), Path())
     record = config.merge.get("base_model") or {}
@@ -174,9 +174,7 @@ def find_base(config: ChannelMergedConfig, base: str | Path | None) -> Source:
         raise ValueError(f"{needed}, and the checkpoint does not say which it is: name it with --base")
     model = record["model"].partition("@")[0] + (f"@{record['revision']}" if record.get("revision") else "")
     if not record.get("revision") and not Path(model).expanduser().is_absolute():
-        raise ValueError(
-            f"{needed}, and the checkpoint only says {model}, relative to its recipe: name it with --base"
-        )
+        raise ValueError(f"{needed}, and of {model!r} the checkpoint does not say where it is: name it with --base")
     try:
         return find_source(BASE, model, Path())
     except ValueError as error:

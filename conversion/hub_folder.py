@@ -12,10 +12,11 @@ import torch
 
 import modeling_channel_merged
 from conversion.delta_errors import DeltaErrors, norm, relative_error
-from conversion.model_card import CARD_FILE, REPORT_FILE, model_card
+from conversion.model_card import read_card, write_card
 from conversion.model_files import (
     EXPERT_FOLDER,
     GENERATION_CONFIG,
+    REPORT_FILE,
     TEMPLATE_FOLDER,
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = "channel-merged"
 RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
+# What config.json keeps of the report.
+MERGE_FIELDS = ("recipe", "base_model", "experts", "method", "seed", "dtype", "versions", "parameters")
 
 
 def conversion_report(plan: Plan, grouped: Mapping[str, "GroupedModule"]) -> dict[str, Any]:
@@ -58,12 +61,24 @@ def conversion_report(plan: Plan, grouped: Mapping[str, "GroupedModule"]) -> dic
             **({"fallback_rows": 1} if module.has_fallback else {}),
         }
     kept = plan.num_experts * plan.per_expert_parameters
+    channels = sum(module.out_features for module in plan.modules.channel.values())
     return {
-        **merge_record(plan),
+        "recipe": recipe_record(plan),
+        "base_model": plan.base.record(),
+        "experts": [expert.record() for expert in plan.experts],
+        "method": plan.recipe.merge_method,
+        "seed": plan.recipe.seed,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "versions": package_versions(),
+        "cards": {
+            "base": read_card(plan.base.name, plan.base.folder).record(),
+            "experts": {expert.name: read_card(expert.name, expert.folder).record() for expert in plan.experts},
+        },
         "parameters": {
             "stored": stored + kept,
             "experts_distinct": distinct + kept,
             "experts": plan.expert_parameters,
+            "indices": plan.num_experts * channels,
         },
         "vocabulary": plan.vocabulary.report(),
         "modules": modules,
@@ -91,17 +106,11 @@ def add_relative_errors(
     report["relative_errors"] = relative(lost, whole)
 
 
-def merge_record(plan: Plan) -> dict[str, Any]:
-    """How the merge was made: recipe, sources, method, seed, versions."""
-    return {
-        "recipe": plan.recipe.record(),
-        "base_model": plan.base.record(),
-        "experts": [expert.record() for expert in plan.experts],
-        "method": plan.recipe.merge_method,
-        "seed": plan.recipe.seed,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "versions": package_versions(),
-    }
+def recipe_record(plan: Plan) -> dict[str, Any]:
+    """The recipe as plain values; it says which models, but not where they lay on this machine."""
+    record = plan.recipe.record()
+    experts = [{**spec, "model": source.shown} for spec, source in zip(record["experts"], plan.experts, strict=True)]
+    return {**record, "base_model": plan.base.shown, "experts": experts}
 
 
 def package_versions() -> dict[str, str]:
@@ -127,8 +136,7 @@ def write_hub_files(folder: Path, plan: Plan, rows: Mapping[str, int], report: M
     write_generation_config(folder, plan)
     write_expert_files(folder, plan)
     write_json(folder / REPORT_FILE, report)
-    card = model_card(plan, report, vocabulary_section(report["vocabulary"]))
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    write_card(folder)
     return merged_config(plan, rows, report).to_json_string(use_diff=True)
 
 
@@ -142,7 +150,7 @@ def merged_config(plan: Plan, rows: Mapping[str, int], report: Mapping[str, Any]
         expert_names=plan.expert_names,
         num_experts=plan.num_experts,
         rows=dict(rows),
-        merge={**merge_record(plan), "parameters": report["parameters"]},
+        merge={field: report[field] for field in MERGE_FIELDS},
         architectures=["ChannelMergedForCausalLM"],
         dtype=plan.dtype,
         expert_vocabularies=plan.vocabulary.expert_records(),
@@ -233,52 +241,3 @@ def write_expert_files(folder: Path, plan: Plan) -> None:
         if not copy_files(plan.experts[number].folder, target, (GENERATION_CONFIG,)):
             own.generation_config.save_pretrained(target)
         copy_tokenizer(own, target)
-
-
-def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
-    """What the model card says of the vocabulary: whether each expert reads and writes as it did alone."""
-    rows = []
-    for name, expert in vocabulary["experts"].items():
-        encoding = expert["encoding"]
-        same = f"{encoding['same']} of {encoding['samples']}" if encoding else "no tokenizer"
-        ends = ", ".join(map(str, expert["eos_token_ids"])) or "-"
-        only, lacks = expert["channels_that_only_it_has"], expert["channels_that_it_lacks"]
-        rows.append(f"| `{name}` | {expert['size']:,} | {only:,} | {lacks:,} | {same} | {ends} |")
-    return f"""\
-The vocabulary has {vocabulary["size"]:,} tokens (`tokenizer_source: {vocabulary["source"]}`; the base has
-{vocabulary["base_size"]:,}). `tokenizer.apply_chat_template(messages, chat_template="NAME")` takes the chat template
-of an expert by its name, where anyone has one. The logits of a token that an expert does not have are -inf; in a
-prompt such a token is the mean of the base's. Each answer ends at the tokens that end its own expert's answers.
-
-| expert | own vocabulary | only it has | it lacks | sample texts encoded as its own tokenizer did | ends at |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
-{"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}
-An expert's own tokenizer, where all of its tokens are here, is `subfolder="{EXPERT_FOLDER}/NAME"`; the merged ids
-of its tokens are in `config.expert_vocabularies`. `channel-merge generate` uses it."""
-
-
-def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:
-    """What does not hold for one expert, one line each."""
-    encoding = expert["encoding"] or {}
-    notes = []
-    if expert["dropped_tokens"]:
-        notes.append(f"these tokens were dropped: {_codes(expert['dropped_tokens'])}")
-    if expert["dropped_padding_rows"]:
-        notes.append(f"{expert['dropped_padding_rows']:,} padding rows of its embedding were dropped")
-    if expert["renamed_tokens"]:
-        notes.append(f"the tokenizer calls these of its tokens otherwise: {_codes(expert['renamed_tokens'])}")
-    if expert["tokens_without_row"]:
-        notes.append(f"its embedding had no row for these of its tokens: {_codes(expert['tokens_without_row'])}")
-    if encoding.get("foreign_tokens"):
-        notes.append(f"a prompt for it should not hold the others' tokens {_codes(encoding['foreign_tokens'])}")
-    if encoding.get("first_difference"):
-        notes.append(f"the tokenizer segments otherwise, for example `{encoding['first_difference']['text']!r}`")
-    if not encoding.get("same_with_special_tokens", True):
-        notes.append("its own tokenizer puts other special tokens around a text, or segments it otherwise")
-    return "".join(f"\n- `{name}`: {note}" for note in notes) + ("\n" if notes else "")
-
-
-def _codes(names: list[str], limit: int = 20) -> str:
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(f"`{name}`" for name in names[:limit]) + more

@@ -13,6 +13,8 @@ EXPERT_FOLDER = "experts"  # of every expert: its generation config and its own 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
+REPORT_FILE = "conversion_report.json"
+CARD_FILE = "README.md"
 
 # Files of a tokenizer and its chat templates; tiktoken vocabularies have names of their own.
 TOKENIZER_PATTERNS = (

@@ -54,8 +54,13 @@ class Source:
         """The Hub id without its revision."""
         return self.model.partition("@")[0]
 
+    @property
+    def shown(self) -> str:
+        """The model for readers elsewhere: a Hub id, or the name of a local folder without where it lies."""
+        return self.model if self.revision else self.folder.resolve().name
+
     def record(self) -> dict[str, str]:
-        record = {"name": self.name, "model": self.model}
+        record = {"name": self.name, "model": self.shown}
         if self.revision:
             record["revision"] = self.revision
         if self.is_adapter:
@@ -112,6 +117,12 @@ def _fetch(name: str, repo: str, revision: str | None, patterns: Iterable[str]) 
         raise ValueError(
             f"{name}: there is no folder {place} and the Hub did not give it: {one_line(error)}"
         ) from None
+
+
+def without_folder(place: str) -> str:
+    """The name of a local file or folder without where it lies; what is none, a Hub id, as it stands."""
+    path = Path(place).expanduser()
+    return path.resolve().name if path.exists() else place
 
 
 def one_line(error: Exception) -> str:

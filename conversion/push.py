@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.model_card import CARD_FILE
+from conversion.model_files import CARD_FILE
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP
 
 IGNORED_FILES = ["*.py[co]", "**/__pycache__/**", ".*", "**/.*"]

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from conversion.delta_errors import relative_error
 from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.model_card import REPORT_FILE
+from conversion.model_files import REPORT_FILE
 
 PER_EXPERT_KIND = "kept per expert"
 

@@ -17,6 +17,7 @@ from datasets import load_dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from conversion.generate import render
+from conversion.model_source import without_folder
 from conversion.router_augmentation import augment
 from conversion.router_queries import STYLES, style_queries
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -50,7 +51,7 @@ def load_rows(data: str) -> list[dict[str, Any]]:
     if "expert" not in columns or not {"text", "messages"} & set(columns):
         raise ValueError(f"{data} has the columns {columns}, expected 'expert', and 'text' or 'messages'")
     rows = dataset.select_columns([column for column in columns if column in COLUMNS]).to_list()
-    return [{**row, "source": str(row.get("source") or name)} for row in rows]
+    return [{**row, "source": str(row.get("source") or without_folder(name))} for row in rows]
 
 
 def load_queries(data: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: ChannelMergedConfig) -> list[Query]:

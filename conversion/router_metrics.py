@@ -9,7 +9,6 @@ fitted to the evaluation queries, so what it achieves is measured by cross-fitti
 temperature that was fitted to the queries of the other folds.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -355,13 +354,3 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(
         f"| {' | '.join(' '.join(cell.split()).replace('|', '&#124;') for cell in line)} |" for line in lines
     )
-
-
-def add_to_card(card: Path, metrics: dict[str, Any], has_plot: bool) -> None:
-    """Put the evaluation into the model card, before its limits; an earlier one is replaced."""
-    if not card.is_file():
-        return
-    text = re.sub(rf"(?ms)^{ROUTER_SECTION}$.*?(?=^## |\Z)", "", card.read_text(encoding="utf-8"))
-    before, limits, after = text.partition("## Limits\n")
-    section = card_section(metrics, has_plot)
-    card.write_text(f"{before.rstrip()}\n\n{section}\n\n{limits}{after}", encoding="utf-8")

@@ -45,8 +45,9 @@ from transformers import (
 
 from conversion.generate import load_tokenizer
 from conversion.merged_checkpoint import read_config, resolve_folder
-from conversion.model_card import CARD_FILE, REPORT_FILE
-from conversion.model_files import COMPANION_FILES, EXPERT_FILES, copy_files
+from conversion.model_card import write_card
+from conversion.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
+from conversion.model_source import without_folder
 from conversion.report import format_bytes
 from conversion.router_data import (
     Query,
@@ -61,7 +62,7 @@ from conversion.router_data import (
 from conversion.router_metrics import (
     METRICS_FILE,
     PLOT_FILE,
-    add_to_card,
+    card_section,
     evaluate_router,
     plot_confusion,
     router_metrics,
@@ -290,11 +291,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     router = model.config.router
     router["temperature"] = useful_temperature(prediction.predictions, prediction.label_ids)
     metrics = evaluate_router(prediction.predictions, prediction.label_ids, sources, config.expert_names, router)
-    metrics["training"] = {"queries": train_queries, **dataclasses.asdict(args), "seed": training_args.seed}
+    metrics["training"] = {"queries": train_queries, **training_record(args), "seed": training_args.seed}
     if trainer.is_world_process_zero():
         save_checkpoint(model, folder, out, metrics)
     trainer.accelerator.end_training()
     return metrics
+
+
+def training_record(args: RouterArguments) -> dict[str, Any]:
+    """The arguments for readers elsewhere: local files and folders by their names."""
+    return dataclasses.asdict(args) | {
+        "checkpoint": without_folder(args.checkpoint),
+        "train_data": [without_folder(data) for data in args.train_data],
+        "eval_data": None if args.eval_data is None else [without_folder(data) for data in args.eval_data],
+    }
 
 
 def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: dict[str, Any]) -> None:
@@ -309,7 +319,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: di
         has_plot = False
         (out / PLOT_FILE).unlink(missing_ok=True)  # of an earlier run
         logger.info("no picture of the confusion matrix was drawn: %s", error)
-    add_to_card(out / CARD_FILE, metrics, has_plot)
+    write_card(out, card_section(metrics, has_plot))
     logger.info("saved the trained checkpoint to %s", out)
 
 

@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from conversion.model_card import write_card
 from conversion.row_layout import layout_rows
 from modeling_channel_merged.channel_merged_layers import find_modules
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -145,9 +146,35 @@ def write_checkpoint(
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0}))
-    (folder / "README.md").write_text("# Merged\n\n## Limits\n\nSome.\n")
-    (folder / "conversion_report.json").write_text("{}\n")
+    (folder / "conversion_report.json").write_text(json.dumps(conversion_report(expert_names, VOCAB_SIZE)))
+    write_card(folder)
     return StoredExperts(folder, config, experts, labels)
+
+
+def conversion_report(expert_names: tuple[str, ...], vocabulary_size: int) -> dict:
+    """What a conversion says of its experts, as far as the model card shows it."""
+    card = {"license": "mit", "license_name": None, "license_link": None, "languages": ["en"]}
+    vocabulary = {
+        **{"size": vocabulary_size, "tokens": vocabulary_size, "encoding": None, "eos_token_ids": [1]},
+        **{"channels_that_only_it_has": 0, "channels_that_it_lacks": 0, "dropped_padding_rows": 0},
+        **{"dropped_tokens": [], "renamed_tokens": [], "tokens_without_row": []},
+    }
+    experts = [{"name": name, "model": name} for name in expert_names]
+    return {
+        "recipe": {"base_model": "base", "experts": [{**expert, "weight": 1.0} for expert in experts]},
+        "base_model": {"name": "base_model", "model": "base"},
+        "experts": experts,
+        "dtype": "float32",
+        "versions": {"torch": "2"},
+        "cards": {"base": card, "experts": dict.fromkeys(expert_names, card)},
+        "parameters": {"stored": 10, "experts_distinct": 15, "experts": 20, "indices": 5},
+        "relative_errors": dict.fromkeys(expert_names, 0.5),
+        "vocabulary": {
+            **{"source": "base", "size": vocabulary_size, "base_size": vocabulary_size},
+            "experts": dict.fromkeys(expert_names, vocabulary),
+        },
+        "modules": {"lm_head": {"owners": {"+".join(expert_names): 5}}},
+    }
 
 
 def router_rows(count: int, seed: int) -> list[dict[str, str]]:

@@ -20,6 +20,7 @@ from conversion.push import check_checkpoint
 from conversion.recipe import parse_recipe
 from conversion.report import inspect_checkpoint, report_tables
 from conversion.row_layout import layout_rows
+from conversion.train_router import main as train_router_of
 from conversion.vocabulary import named_templates
 
 
@@ -155,7 +156,7 @@ def test_tolerance_takes_the_nearest_stored_row(merged, tmp_path):
     save_file(own, experts[3] / "model.safetensors", metadata={"format": "pt"})
     limit = 0.6
     result = add_expert(
-        checkpoint, experts[3], tmp_path / "out", "e3", tolerance=limit, progress=False, chunk_bytes=3000
+        checkpoint, experts[3], tmp_path / "out", "e3", tolerance=limit, base=base, progress=False, chunk_bytes=3000
     )
     for name in ("e0", "e1", "e2"):
         assert_same_tensors(exported(tmp_path / "out", name, tmp_path), exported(checkpoint, name, tmp_path))
@@ -185,16 +186,17 @@ def test_tolerance_takes_the_nearest_stored_row(merged, tmp_path):
 def test_tolerance_needs_the_base(merged, tmp_path):
     checkpoint, base, experts = merged()
     moved = base.rename(base.with_name("elsewhere"))
-    with pytest.raises(ValueError, match="the base model is needed .*name it with --base"):
+    with pytest.raises(ValueError, match="the base model is needed .*of 'base' .* where it is: name it with --base"):
         add_expert(checkpoint, experts[2], tmp_path / "out", "e2", tolerance=0.5, progress=False)
     add_expert(checkpoint, experts[2], tmp_path / "out", "e2", tolerance=0.5, base=moved, progress=False)
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["merge"]["base_model"]["model"] = "../base"
-    (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"the checkpoint only says \.\./base, relative to its recipe: name it with"):
-        add_expert(checkpoint, experts[2], tmp_path / "other", "e2", tolerance=0.5, progress=False)
     record = AutoConfig.from_pretrained(tmp_path / "out").merge["added_experts"][-1]
-    assert record["tolerance"] == 0.5 and record["base_model"]["model"] == str(moved)
+    assert record["tolerance"] == 0.5 and record["base_model"]["model"] == "elsewhere"
+    # An old checkpoint says where the base was.
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["merge"]["base_model"]["model"] = str(moved)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    add_expert(checkpoint, experts[2], tmp_path / "old", "e2", tolerance=0.5, progress=False)
+    assert_same_tensors(load_tensors(tmp_path / "old"), load_tensors(tmp_path / "out"))
 
 
 # Adapters of the base
@@ -203,13 +205,16 @@ def test_tolerance_needs_the_base(merged, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_lora_adapter_of_the_base(merged, tmp_path, family):
     """It is stored as a conversion of the adapter stores it; what it leaves alone is the base's."""
-    checkpoint, base, _ = merged(family, grouping={"num_groups": 3})
+    checkpoint, base, experts = merged(family, grouping={"num_groups": 3})
     target = {"llama": "q_proj", "gpt2": "c_attn"}[family]
     config = LoraConfig(r=3, init_lora_weights=False, target_modules=[target], fan_in_fan_out=family == "gpt2")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     model.save_pretrained(tmp_path / "lora")
-    result = add_expert(checkpoint, tmp_path / "lora", tmp_path / "out", "lora", progress=False)
+    result = add_expert(checkpoint, tmp_path / "lora", tmp_path / "out", "lora", base=base, progress=False)
     recipe = json.loads(json.dumps(AutoConfig.from_pretrained(checkpoint).merge["recipe"]))
+    recipe["base_model"] = str(base)
+    for spec, folder in zip(recipe["experts"], experts):
+        spec["model"] = str(folder)
     recipe["experts"].append({"name": "lora", "model": str(tmp_path / "lora")})
     convert(parse_recipe(recipe), tmp_path / "whole", progress=False)
     actual, expected = (exported(tmp_path / name, "lora", tmp_path) for name in ("out", "whole"))
@@ -439,7 +444,7 @@ def test_what_is_written_down(merged, tmp_path):
     before = json.loads((checkpoint / "conversion_report.json").read_text())
     (experts[2] / "README.md").write_text("---\nlicense: mit\n---\n# An expert\n")
     add_expert(checkpoint, experts[2], tmp_path / "one", "medical", progress=False)
-    added = add_expert(tmp_path / "one", experts[3], tmp_path / "two", "law", tolerance=0.9, progress=False)
+    added = add_expert(tmp_path / "one", experts[3], tmp_path / "two", "law", tolerance=0.9, base=base, progress=False)
     config = AutoConfig.from_pretrained(tmp_path / "two")
     assert config.expert_names == ["e0", "e1", "medical", "law"] and config.num_experts == 4
     assert [record["name"] for record in config.merge["added_experts"]] == ["medical", "law"]
@@ -460,12 +465,70 @@ def test_what_is_written_down(merged, tmp_path):
         owners = {key.replace(" + ", "+"): count for key, count in matrix.rows_by_owners.items()}
         assert owners == report["modules"][matrix.path]["owners"]
     card = (tmp_path / "two" / "README.md").read_text()
-    assert card.count("## Experts added later") == 1 and card.count("## Limits") == 1
-    assert card.index("## Experts added later") < card.index("## Limits")
-    assert "| medical | " in card and "| law | " in card and "license: other" in card
+    assert card.count("came after the conversion of this recipe") == card.count("## Limits") == 1
+    assert "license: other" in card and "| `medical` | `expert2` | - | mit |" in card
+    assert f"| this model | {added.parameters:,} |" in card
     assert (tmp_path / "two" / "experts" / "law" / "generation_config.json").exists()
     assert {file.name for file in (tmp_path / "two").iterdir()} >= {file.name for file in checkpoint.iterdir()}
     check_checkpoint(tmp_path / "two")
+
+
+def card_facts(folder):
+    """The card's table of experts, as rows of cells."""
+    card = (folder / "README.md").read_text()
+    table = card.split("| expert | model |")[1].split("\n\n")[0].splitlines()[2:]
+    return card, [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_the_card_speaks_of_the_new_model_only(merged, tmp_path, replace, write_jsonl):
+    """No evaluation of the old router, no picture that is not there, no number of an expert that left, no path."""
+    checkpoint, base, experts = merged()
+    rows = [{"text": f"{name} {number}", "expert": name} for name in ("e0", "e1") for number in range(8)]
+    data = write_jsonl(tmp_path / "train.jsonl", rows)
+    options = ("--max-steps", "1", "--disable-tqdm", "true", "--use-cpu")
+    train_router_of(
+        ["--checkpoint", str(checkpoint), "--train-data", data, "--output-dir", str(tmp_path / "routed")] + [*options]
+    )
+    before, _ = card_facts(tmp_path / "routed")
+    assert "evaluation queries to the right expert" in before and "](router_confusion.png)" in before
+    name = "e1" if replace else "medical"
+    added = add_expert(tmp_path / "routed", experts[2], tmp_path / "out", name, replace=replace, progress=False)
+    card, table = card_facts(tmp_path / "out")
+    assert card.count("## Router") == 1 and "No evaluation of this model's router is known" in card
+    for text in ("evaluation queries", "router_confusion", "router_eval", str(tmp_path)):
+        assert text not in card, text
+    for file in ("router_eval.json", "router_confusion.png"):
+        assert (tmp_path / "routed" / file).exists() and not (tmp_path / "out" / file).exists()
+    assert [row[:2] for row in table] == [
+        ["base", "`base`"],
+        ["`e0`", "`expert0`"],
+        *([] if replace else [["`e1`", "`expert1`"]]),
+        [f"`{name}`", "`expert2`"],
+    ]
+    assert f"# {len(table) - 1} experts in one model" in card and f"in\n{added.parameters:,} parameters" in card
+    assert table[-1][-2:] == ["-", "0.0%"]  # not merged, and exact
+    assert f"| `{name}`{' (exchanged)' if replace else ''} | {added.new_rows:,} | {added.reused_rows:,} | 0 |" in card
+    for file in (tmp_path / "out").rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
+
+
+def test_the_card_of_an_old_report(merged, tmp_path):
+    """Older reports have no licences and hold paths: the card's own licence counts for all, and no path is shown."""
+    checkpoint, base, experts = merged()
+    file = checkpoint / "conversion_report.json"
+    report = json.loads(file.read_text())
+    del report["cards"], report["parameters"]["indices"]
+    report["base_model"]["model"] = report["recipe"]["base_model"] = str(base)
+    file.write_text(json.dumps(report))
+    (checkpoint / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# An old card\n")
+    add_expert(checkpoint, experts[2], tmp_path / "same", "new", progress=False)
+    card, table = card_facts(tmp_path / "same")
+    assert "license: other" in card and [row[3] for row in table] == ["mit", "mit", "mit", "not stated"]
+    assert str(base) not in card and table[0][1] == "`base`"
+    (experts[2] / "README.md").write_text("---\nlicense: mit\n---\n")
+    add_expert(checkpoint, experts[2], tmp_path / "other", "new", progress=False)
+    assert "\nlicense: mit\n" in card_facts(tmp_path / "other")[0]
 
 
 # Errors

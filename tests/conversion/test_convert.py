@@ -427,13 +427,26 @@ def test_the_cards_example_runs(make_experts, write_recipe, tmp_path, capsys):
     assert "Your prompt" in capsys.readouterr().out
 
 
-def test_the_record_holds_paths_as_they_were_written(make_experts, write_recipe, tmp_path):
-    make_experts("llama", 2, folder=tmp_path)
-    file = tmp_path / "recipe.yaml"
-    write_recipe(Path("base"), [Path("expert0"), Path("expert1")], path=file)
-    convert(file, tmp_path / "out", progress=False)
-    for name in ("config.json", "conversion_report.json", "README.md"):
-        assert str(tmp_path) not in (tmp_path / "out" / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("relative", [True, False])
+def test_no_local_paths_are_written(make_experts, write_recipe, tmp_path, relative):
+    """Folders are shown by their names, in the recipe too."""
+    folder = tmp_path / "private" / "models"
+    make_experts("llama", 2, folder=folder)
+    place = Path("models/../models") if relative else folder
+    write_recipe(place / "base", [place / "expert0", place / "expert1"], path=tmp_path / "private" / "recipe.yaml")
+    convert(tmp_path / "private" / "recipe.yaml", tmp_path / "out", progress=False)
+    for file in (tmp_path / "out").rglob("*"):
+        if file.is_file():
+            content = file.read_bytes()
+            assert str(tmp_path).encode() not in content and b"private" not in content, file
+    merge = json.loads((tmp_path / "out" / "config.json").read_text())["merge"]
+    report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    for record in (merge, report):
+        assert record["base_model"]["model"] == record["recipe"]["base_model"] == "base"
+        for experts in (record["experts"], record["recipe"]["experts"]):
+            assert [expert["model"] for expert in experts] == ["expert0", "expert1"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'fine-tunes ("experts") of `base`' in card and "| `e0` | `expert0` |" in card
 
 
 def test_a_base_without_tokenizer_converts_with_a_warning(make_experts, write_recipe, tmp_path, caplog):

@@ -76,7 +76,7 @@ def test_output_is_a_complete_checkpoint(stored, train, tmp_path):
     assert json.loads((out / "router_eval.json").read_text()) == metrics
     card = (out / "README.md").read_text()
     assert (
-        card.index("# Merged")
+        card.index("# 3 experts in one model")
         < card.index("## Router")
         < card.index("| math | 0 | 10 | 0 |")
         < card.index("](router_confusion.png)")
@@ -87,6 +87,36 @@ def test_output_is_a_complete_checkpoint(stored, train, tmp_path):
     inputs = tokenizer(["one plus", "def", "please hello write"], padding=True, return_tensors="pt")
     routing = model.route(inputs["input_ids"], inputs["attention_mask"])
     assert routing.expert_index.tolist() == [1, 2, 0]
+
+
+def test_the_card_is_of_the_last_training(train, tmp_path):
+    """Training a trained checkpoint again replaces what its card says of the router."""
+    train("--max-steps", "1", "--learning-rate", "1e-9")
+    assert (tmp_path / "routed" / "README.md").read_text().count("## Router") == 1
+    metrics = train("--checkpoint", str(tmp_path / "routed"), out="again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert card.count("## Router") == 1 and "No evaluation of this model's router is known" not in card
+    assert metrics["accuracy"] == 1.0 and "100.0% of 30 evaluation queries" in card
+
+
+@pytest.mark.parametrize("report", ["{}", "[]", '{"experts": 5}', "{", None])
+def test_without_a_report_the_card_stays(stored, train, tmp_path, caplog, report):
+    """A folder whose report is none of a conversion keeps its card, which is said."""
+    (stored.folder / "README.md").write_text("# Mine\n")
+    file = stored.folder / "conversion_report.json"
+    file.unlink() if report is None else file.write_text(report)
+    train("--max-steps", "1")
+    assert (tmp_path / "routed" / "README.md").read_text() == "# Mine\n"
+    assert "is no report of a conversion" in caplog.text
+
+
+def test_no_local_paths_are_written(stored, train, tmp_path, router_rows, write_jsonl):
+    """Files and folders are shown by their names."""
+    metrics = train("--checkpoint", str(stored.folder) + "/../merged/")
+    assert metrics["training"]["checkpoint"] == "merged"
+    assert metrics["training"]["train_data"] == ["train.jsonl"] and metrics["training"]["eval_data"] == ["eval.jsonl"]
+    for file in (tmp_path / "routed").rglob("*"):
+        assert file.is_dir() or str(tmp_path).encode() not in file.read_bytes(), file
 
 
 def test_training_is_deterministic(train, router_of):
