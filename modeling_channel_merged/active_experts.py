@@ -7,7 +7,7 @@ has there; it cannot read context variables.
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -33,12 +33,18 @@ class ActiveExperts:
     trunk_only: bool = False
 
     @classmethod
-    def from_index(cls, expert_index: torch.LongTensor) -> "ActiveExperts":
-        """Choose the form for a batch from its (B,) index. Reads the index on the host: the one synchronisation."""
-        counts = sorted(Counter(expert_index.tolist()).items())
+    def from_index(cls, expert_index: torch.LongTensor, rows: Sequence[int] | None = None) -> "ActiveExperts":
+        """Choose the form for a batch from its (B,) index.
+
+        Args:
+            rows: the same numbers on the host; without them the index is read there: a synchronisation.
+        """
+        rows = expert_index.tolist() if rows is None else rows
+        counts = tuple(sorted(Counter(rows).items()))
         if len(counts) == 1:
-            return cls(counts[0][0])
-        return cls(None, expert_index, expert_index.argsort(stable=True), tuple(counts))
+            return cls(rows[0])
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        return cls(None, expert_index, torch.tensor(order, device=expert_index.device), counts)
 
     @property
     def is_grouped(self) -> bool:
@@ -81,6 +87,7 @@ def active_experts() -> ActiveExperts:
     if active is None:
         raise RuntimeError(
             "a channel-merged module was called outside of its model: call the ChannelMerged model, or wrap the call "
-            "in `activate(ActiveExperts(expert))`"
+            "in `activate(ActiveExperts(expert))`. Where a block is recomputed in the backward pass, let "
+            "model.gradient_checkpointing_enable() do it: other checkpointing does not know the experts"
         )
     return active

@@ -4,7 +4,6 @@ Keys and values of one expert mean nothing to another: a cache can go on only wi
 where the cache goes, into copies and pickles too, and follow its rows when they are reordered, repeated or selected.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache as remember_result
@@ -35,12 +34,7 @@ class BatchExperts:
     def of_rows(cls, rows: Sequence[int], device=None, given: torch.Tensor | None = None) -> "BatchExperts":
         """From the expert of each row, read from the tensor `given` if there is one."""
         expert_index = torch.tensor(rows, dtype=torch.int64, device=device)
-        counts = tuple(sorted(Counter(rows).items()))
-        if len(counts) == 1:
-            active = ActiveExperts(rows[0])
-        else:
-            order = sorted(range(len(rows)), key=rows.__getitem__)
-            active = ActiveExperts(None, expert_index, torch.tensor(order, device=device), counts)
+        active = ActiveExperts.from_index(expert_index, rows)
         return cls(expert_index, active, tuple(rows), None if given is None else (given, _version(given)))
 
     def came_from(self, expert_index) -> bool:

@@ -461,7 +461,7 @@ def test_an_offloaded_model_routes_and_answers(text_config, prompts, tmp_path, k
     """Every weight, the router's too, is on the meta device but while its module runs."""
     model = random_model(text_config, 3, trained_router=trained)
     expected = model.route(prompts)
-    text = model.generate(prompts, expert_index=1, **GREEDY)
+    text, mixed = (model.generate(prompts, expert_index=experts, **GREEDY) for experts in (1, [2, 0, 1]))
     if kind == "cpu":
         cpu_offload(model, execution_device=torch.device("cpu"))
     else:
@@ -470,6 +470,7 @@ def test_an_offloaded_model_routes_and_answers(text_config, prompts, tmp_path, k
     routing = model.route(prompts)
     assert torch.equal(routing.logits, expected.logits) and torch.equal(routing.expert_index, expected.expert_index)
     assert torch.equal(model.generate(prompts, expert_index=1, **GREEDY), text)
+    assert torch.equal(model.generate(prompts, expert_index=[2, 0, 1], **GREEDY), mixed)
 
 
 # Saving and loading
