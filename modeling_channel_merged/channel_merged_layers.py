@@ -30,6 +30,7 @@ from .channel_ops import (
     map_experts,
     run_linear,
 )
+from .stored_tensors import check_index_values
 
 PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
 
@@ -61,22 +62,10 @@ class ChannelIndexed(nn.Module):
 
     rows: nn.Module
     channel_index: torch.Tensor
-    lowest_index = 0
 
-    def check_channel_index(self, name: str):
-        """Raise ValueError if an entry of `channel_index` names no stored row."""
-        if (wrong := self.out_of_range()) is not None:
-            raise ValueError(
-                f"{name}.channel_index holds row {wrong}, but {name} stores {self.num_rows} rows "
-                f"(expected {self.lowest_index} to {self.num_rows - 1}): the checkpoint is damaged"
-            )
-
-    def out_of_range(self) -> int | None:
-        """An entry of `channel_index` that names no stored row; None where all do, and on the meta device."""
-        if self.channel_index.is_meta:
-            return None
-        low, high = self.channel_index.min().item(), self.channel_index.max().item()
-        return low if low < self.lowest_index else high if high >= self.num_rows else None
+    def check_channel_index(self, name: str, may_miss: torch.BoolTensor | None = None):
+        """Raise ValueError if an entry of `channel_index` names no stored row; see `check_index_values`."""
+        check_index_values(name, self.channel_index, self.num_rows, may_miss)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -130,8 +119,6 @@ class ChannelMergedLinear(ChannelIndexed):
     `rows` is anything but a plain nn.Linear with a plain weight (quantized, adapted, sharded, offloaded), it is called
     as it is and its R outputs are gathered.
     """
-
-    lowest_index = -1  # a token that an expert's vocabulary does not have
 
     def __init__(
         self, in_features: int, out_features: int, num_rows: int, num_experts: int, bias: bool, device=None, dtype=None
@@ -188,8 +175,8 @@ class ChannelMergedLinear(ChannelIndexed):
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         if self._derived is not None and self._derived.index is not self.channel_index:
-            self._derived = None
-            if self.out_of_range() is None:  # `to_empty` leaves anything there
+            self._derived, index = None, self.channel_index
+            if not index.is_meta and -1 <= index.min() and index.max() < self.num_rows:  # after `to_empty`: anything
                 self.derive()
         return self
 

@@ -18,13 +18,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import can_return_tuple, logging
 
 from .active_experts import ActiveExperts, activate, active_or_none
-from .channel_merged_layers import ChannelIndexed, PerExpert, find_modules, resize_channels, swap_modules
+from .channel_merged_layers import (
+    ChannelIndexed,
+    ChannelMergedLinear,
+    PerExpert,
+    find_modules,
+    resize_channels,
+    swap_modules,
+)
 from .configuration_channel_merged import ChannelMergedConfig
 from .expert_caches import BatchExperts, experts_of_cache, remember_experts
 from .expert_router import ExpertRouter
 from .generation_channel_merged import ExpertGenerationMixin
 from .model_outputs import ChannelMergedCausalLMOutput, ChannelMergedModelOutput, RouterOutput
 from .router_inputs import check_router_mask, shorten
+from .stored_tensors import check_stored_tensors, may_miss_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -142,6 +150,14 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
         """The channel-merged modules by their path in the base architecture."""
         return {path: module for path, module in self.model.named_modules() if isinstance(module, ChannelIndexed)}
 
+    @staticmethod
+    def _load_pretrained_model(model: PreTrainedModel, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Part of loading: what Transformers would load wrongly without a word is refused."""
+        check_stored_tensors(model, state_dict, checkpoint_files, load_config)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
     def _initialize_missing_keys(self, is_quantized: bool):
         """Part of loading: an index cannot be made up, and a wrong one would read another channel's weights."""
         for path, module in self.channel_modules().items():
@@ -149,7 +165,10 @@ class ChannelMergedPreTrainedModel(PreTrainedModel):
                 raise ValueError(
                     f"the checkpoint has no model.{path}.channel_index: it is damaged or not channel-merged"
                 )
-            module.check_channel_index(path)
+            may_miss = may_miss_tokens(self.config) if module is self.get_output_embeddings() else None
+            module.check_channel_index(path, may_miss)
+            if isinstance(module, ChannelMergedLinear):
+                module.derive()
         super()._initialize_missing_keys(is_quantized)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):

@@ -217,7 +217,18 @@ def test_index_out_of_range_is_named():
         linear.check_channel_index("lm_head")
     linear.channel_index[0, 0] = -2
     with pytest.raises(ValueError, match="holds row -2"):
-        linear.check_channel_index("lm_head")
+        linear.check_channel_index("lm_head", torch.ones_like(linear.channel_index, dtype=torch.bool))
+
+
+def test_only_a_token_may_be_missing():
+    linear = random_linear()
+    linear.channel_index[1, 2] = -1
+    may_miss = torch.zeros_like(linear.channel_index, dtype=torch.bool)
+    for allowed in (None, may_miss):
+        with pytest.raises(ValueError, match="holds row -1 for expert 1, channel 2"):
+            linear.check_channel_index("lm_head", allowed)
+    may_miss[1, 2] = True
+    linear.check_channel_index("lm_head", may_miss)
 
 
 @pytest.mark.parametrize("num_rows", [10, 13, 25, 30])
@@ -371,5 +382,5 @@ def test_resizing_keeps_the_other_channels(size):
         after = head(hidden_states)
     torch.testing.assert_close(after[..., :kept], before[..., :kept], rtol=1e-6, atol=1e-6)
     assert after.shape[-1] == size
-    head.check_channel_index("head")
+    head.check_channel_index("head", head.channel_index == -1)
     assert torch.equal(head.weight[head.channel_index[0, 20:].long()], mean.expand(size - kept, -1))
