@@ -25,8 +25,10 @@ from conversion.addition_plan import Addition, check_out, plan_addition
 from conversion.addition_rows import chunks_of, match_module, output_tensors, write_tensors
 from conversion.grouping_pass import check_tied_head
 from conversion.memory_budget import CHUNK_BYTES
+from conversion.model_source import check_unchanged
 from conversion.plan import check_disk_space
-from conversion.shard_writer import ShardWriter, StagedFolder, check_target, parse_size
+from conversion.shard_writer import ShardWriter, parse_size
+from conversion.staged_folder import StagedFolder, check_target
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 
 logger = logging.getLogger(__name__)
@@ -130,6 +132,7 @@ def add_expert(
             finally:
                 writer.close()
             write_files(staged.path, addition, modules, config)
+            check_unchanged(addition.sources)
             staged.publish(config.to_json_string(use_diff=True))
     finally:
         addition.reader.close()

@@ -11,7 +11,7 @@ import torch
 
 from conversion.expert_reader import ADAPTER_FORMATS, ExpertReader, read_headers
 from conversion.lora_adapter import LoraReader, adapter_reader, read_adapter_config
-from conversion.merged_checkpoint import MergedCheckpoint, read_config
+from conversion.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_config
 from conversion.model_files import check_file_name
 from conversion.model_source import Source, find_source, with_weights
 from conversion.plan import (
@@ -61,6 +61,11 @@ class Addition:
     tolerance: float
 
     @property
+    def sources(self) -> list[Source]:
+        """All that is read."""
+        return [self.merged.source, self.source, *([self.base] if self.base is not None else [])]
+
+    @property
     def num_experts(self) -> int:
         return len(self.kept) + 1
 
@@ -87,7 +92,8 @@ def plan_addition(
     checkpoint: str | Path, expert: str | Path, name: str, *, base: str | Path | None, tolerance: float, replace: bool
 ) -> Addition:
     """Find and check the checkpoint, the new expert and, where it is needed, the base: configs and headers only."""
-    old = read_config(find_source("checkpoint", str(checkpoint), Path()).folder)
+    found = find_checkpoint(checkpoint)
+    old = read_config(found.folder)
     check_name(name, old, replace)
     source = find_source(name, str(expert), Path())
     adapted = None
@@ -113,7 +119,7 @@ def plan_addition(
             raise ValueError(f"{base_source.model} is not the base of {checkpoint}: {error}") from None
     if not source.is_adapter:
         compare_configs(old.text_config, load_config(source), name)
-    merged = MergedCheckpoint(checkpoint)
+    merged = MergedCheckpoint(found)
     if base_source is not None:
         base_source = with_weights(base_source)
     place = old.expert_names.index(name) if replace else old.num_experts
@@ -122,7 +128,8 @@ def plan_addition(
         reader, vocabulary = readers.adapter_of_expert(source, adapted, str(checkpoint)), None
         present = merged.has_token(merged.config.expert_id(adapted))
     else:
-        reader, vocabulary = readers.expert(with_weights(source))
+        source = with_weights(source)
+        reader, vocabulary = readers.expert(source)
         present = vocabulary.present[0]
     return Addition(
         merged=merged,

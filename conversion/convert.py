@@ -14,6 +14,7 @@ Shapes: N experts, C channels of one chunk, O channels, I inputs, R rows, M memb
 
 import contextlib
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from conversion.block_reader import BlockReader, Workers
 from conversion.generate import find_device
 from conversion.grouping_pass import group_modules
 from conversion.hub_folder import add_relative_errors, conversion_report, package_versions, write_hub_files
-from conversion.journal import file_identity, fingerprint
 from conversion.memory_budget import CHUNK_BYTES, plan_memory
 from conversion.merging_pass import output_tensors, write_modules
+from conversion.model_source import check_unchanged
 from conversion.module_rows import all_modules
 from conversion.plan import Plan, make_plan
 from conversion.recipe import Recipe, load_recipe
-from conversion.shard_writer import ShardWriter, StagedFolder, parse_size
+from conversion.shard_writer import ShardWriter, parse_size
+from conversion.staged_folder import StagedFolder
 
 MAX_MEMORY = "2GB"
 
@@ -58,8 +60,8 @@ def convert(
 ) -> Conversion:
     """Merge the experts of a recipe into one channel-merged checkpoint.
 
-    A conversion that is stopped from outside keeps its finished parts in a hidden folder beside `out`; the same call
-    goes on from there. Changed inputs, another recipe or another version start afresh.
+    A conversion that is stopped keeps its finished parts in a hidden folder beside `out`; the same call goes on from
+    there. Changed inputs, another recipe or another version start afresh.
 
     Args:
         recipe: a recipe, or the path of its YAML file.
@@ -79,14 +81,14 @@ def convert(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
     out = Path(out)
-    parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size)
     plan = make_plan(recipe, out, overwrite=overwrite)
     memory = plan_memory(plan, parse_size(max_memory, "max_memory"), torch.get_num_threads(), chunk_bytes)
-    blocks = BlockReader(plan, memory.chunk_bytes, find_device(device))
+    torch_device = find_device(device)
+    blocks = BlockReader(plan, memory.chunk_bytes, torch_device)
+    fingerprint = conversion_fingerprint(plan, max_shard_size=shard_bytes, device=str(torch_device))
     with contextlib.ExitStack() as stack:
-        staged = stack.enter_context(
-            StagedFolder(out, overwrite, conversion_fingerprint(plan, max_shard_size=max_shard_size, device=device))
-        )
+        staged = stack.enter_context(StagedFolder(out, overwrite, fingerprint))
         for reader in (plan.base_reader, *plan.readers):
             stack.callback(reader.close)
         bar = stack.enter_context(
@@ -97,29 +99,30 @@ def convert(
         grouped = group_modules(plan, blocks, workers, staged.journal, bar)
         report = conversion_report(plan, grouped)
         bar.set_description("merging rows")
-        writer = ShardWriter(staged.path, output_tensors(plan, grouped), max_shard_size, staged.journal)
+        writer = ShardWriter(staged.path, output_tensors(plan, grouped), shard_bytes, staged.journal)
         stack.callback(writer.close)
         errors = write_modules(plan, blocks, workers, grouped, writer, staged.journal, bar)
         add_relative_errors(report, plan, grouped, errors)
         writer.finish({"total_parameters": report["parameters"]["stored"]})
         bar.set_description("writing files")
         rows = {path: module.num_rows for path, module in all_modules(plan, grouped).items()}
-        staged.publish(write_hub_files(staged.path, plan, rows, report))
+        config = write_hub_files(staged.path, plan, rows, report)
+        check_unchanged((plan.base, *plan.experts))
+        staged.publish(config)
     return Conversion(out, report)
 
 
-def conversion_fingerprint(plan: Plan, **choices: Any) -> str:
-    """Hash of everything that the bytes of a conversion depend on: recipe, input files, versions, this code."""
+def conversion_fingerprint(plan: Plan, **choices: Any) -> dict[str, Any]:
+    """Everything that the bytes of a conversion depend on: recipe, input files, versions, this code."""
     code = hashlib.sha256()
     for folder in (Path(__file__).parent, Path(modeling_channel_merged.__file__).parent):
-        for file in sorted(folder.glob("*.py")):
+        for file in sorted(folder.rglob("*.py")):
             code.update(file.read_bytes())
-    return fingerprint(
-        {
-            "recipe": plan.recipe.record(),
-            "inputs": [file_identity(source.folder) for source in (plan.base, *plan.experts)],
-            "versions": package_versions(),
-            "code": code.hexdigest(),
-            **choices,
-        }
-    )
+    values = {
+        "recipe": plan.recipe.record(),
+        "inputs": {source.name: source.files for source in (plan.base, *plan.experts)},
+        "versions": package_versions(),
+        "code": code.hexdigest(),
+        **choices,
+    }
+    return json.loads(json.dumps(values))

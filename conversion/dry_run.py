@@ -12,7 +12,8 @@ from conversion.memory_budget import MAX_THREADS, own_modules, plan_memory
 from conversion.plan import Plan, make_plan
 from conversion.recipe import Recipe, load_recipe
 from conversion.report import format_bytes
-from conversion.shard_writer import check_target, leftover_bytes, parse_size
+from conversion.shard_writer import parse_size
+from conversion.staged_folder import check_target, leftover_bytes
 
 
 def plan_conversion(

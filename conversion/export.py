@@ -14,7 +14,9 @@ from transformers import PreTrainedConfig
 
 from conversion.merged_checkpoint import MergedCheckpoint
 from conversion.model_files import COMPANION_FILES, EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, copy_files
-from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, check_target
+from conversion.model_source import check_unchanged
+from conversion.shard_writer import ShardWriter, TensorSpec
+from conversion.staged_folder import StagedFolder, check_target
 from conversion.tensor_names import stored_names
 from conversion.vocabulary import SPECIAL_IDS
 from modeling_channel_merged.channel_ops import ExpertRuns, expert_runs
@@ -101,6 +103,7 @@ class ExpertExport:
             finally:
                 writer.close()
             self._copy_companions(staged.path)
+            check_unchanged([self.merged.source])
             staged.publish(self.config().to_json_string())
         logger.info("wrote expert %s (%.1f MB) to %s", self.name, writer.num_bytes / 1e6, out)
 

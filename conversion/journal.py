@@ -3,15 +3,17 @@
     <folder>/.journal/journal.jsonl   {"fingerprint": ...}, then one line {"part", "file", "sha256"} per finished part
     <folder>/.journal/...             files of the run that are no part of its result
 
-A part counts only if its file still has the bytes that were recorded. A line that was cut short by a kill counts as
-not written, so neither the journal nor the parts need to reach the disk in any order.
+A fingerprint is plain values: all that the result depends on. A part counts only if its file still has the bytes that
+were recorded. A line that was cut short by a kill counts as not written, so neither the journal nor the parts need to
+reach the disk in any order.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,10 @@ class Journal:
 
     Args:
         folder: where the run works. What an earlier run of the same fingerprint finished there is known.
-        fingerprint: what the run's result depends on, from `fingerprint`.
+        fingerprint: what the run's result depends on, as JSON holds it.
     """
 
-    def __init__(self, folder: Path, fingerprint: str):
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]):
         self._root = folder
         self.folder = folder / JOURNAL_FOLDER
         self._lock = threading.Lock()
@@ -42,7 +44,9 @@ class Journal:
         # Written anew: a line that was cut short must not swallow the next one.
         lines = [{"fingerprint": fingerprint}, *self._parts.values()]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (self.folder / JOURNAL_FILE).write_text(text, encoding="utf-8")
+        beside = self.folder / f"{JOURNAL_FILE}.new"
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, self.folder / JOURNAL_FILE)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -74,8 +78,9 @@ class Journal:
         self.record(part, file)
 
     def remove_unfinished(self) -> None:
-        """Remove every file of the run that no part was recorded for, but hidden ones beside the journal."""
+        """Remove every file and folder of the run that holds no recorded part, but hidden ones beside the journal."""
         keep = self.files | {self.folder / JOURNAL_FILE}
+        keep |= {parent for file in keep for parent in file.parents}
         for path in (*self._root.iterdir(), *self.folder.iterdir()):
             if path in keep or (path.parent == self._root and path.name.startswith(".")):
                 continue
@@ -84,19 +89,20 @@ class Journal:
             else:
                 path.unlink()
 
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
 
-
-def fingerprint(values: Mapping[str, Any]) -> str:
-    """Hash of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def read_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of the run that worked in `folder`; None if it kept no journal."""
+def read_fingerprint(folder: Path) -> Any:
+    """The fingerprint of the run that worked in `folder`; None if it finished nothing."""
     lines = _lines(folder)
-    return lines[0].get("fingerprint") if lines else None
+    return lines[0].get("fingerprint") if len(lines) > 1 else None
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Names of the values that differ between two fingerprints, such as "recipe.seed"."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted(before.keys() | now.keys()):
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield name
 
 
 def file_hash(file: Path, skip: int = 0) -> str:
@@ -108,12 +114,6 @@ def file_hash(file: Path, skip: int = 0) -> str:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
-
-
-def file_identity(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every file directly in a folder: differs when one of them was written anew."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _lines(folder: Path) -> list[dict[str, str]]:

@@ -11,7 +11,8 @@ import torch
 
 from conversion.expert_reader import ExpertReader, read_headers
 from conversion.model_files import check_file_name, drop_code_references
-from conversion.plan import base_architecture, find_source, with_weights
+from conversion.model_source import Source, find_source, with_weights
+from conversion.plan import base_architecture
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP, FORMAT_VERSION, ChannelMergedConfig
 
 ROUTER_TENSORS = ("router.head.weight", "router.head.bias")
@@ -42,16 +43,21 @@ def read_config(folder: Path) -> ChannelMergedConfig:
     return config
 
 
-def resolve_folder(checkpoint: str | Path) -> Path:
-    """The folder of a checkpoint given as a folder or as a Hub id (with an optional @revision), fetched if need be."""
+def find_checkpoint(checkpoint: str | Path) -> Source:
+    """A checkpoint given as a folder or as a Hub id (with an optional @revision), fetched if need be."""
     source = find_source("checkpoint", str(checkpoint), Path())
     if source.is_adapter:
         raise ValueError(f"{checkpoint} is a PEFT adapter, expected a channel-merged checkpoint")
-    return with_weights(source).folder
+    return with_weights(source)
+
+
+def resolve_folder(checkpoint: str | Path) -> Path:
+    """The folder of a checkpoint given as `find_checkpoint` takes it."""
+    return find_checkpoint(checkpoint).folder
 
 
 class MergedCheckpoint:
-    """The files of one channel-merged checkpoint, a folder or a Hub id; reads a tensor only when asked for it.
+    """The files of one channel-merged checkpoint, found or to be found; reads a tensor only when asked for it.
 
     `base_model` is the base architecture on the meta device.
 
@@ -59,8 +65,9 @@ class MergedCheckpoint:
         ValueError: config, tensor names or row counts do not make a channel-merged checkpoint.
     """
 
-    def __init__(self, checkpoint: str | Path):
-        self.folder = resolve_folder(checkpoint)
+    def __init__(self, checkpoint: str | Path | Source):
+        self.source = checkpoint if isinstance(checkpoint, Source) else find_checkpoint(checkpoint)
+        self.folder = self.source.folder
         self.config = read_config(self.folder)
         self.base_model, self.modules = base_architecture(self.config.text_config)
         self.tensors = read_headers(self.folder)

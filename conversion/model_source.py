@@ -3,16 +3,18 @@
 A folder holds one model: the weights of a whole model, or a PEFT adapter (`adapter_config.json`) of the base.
 """
 
+import contextlib
 import logging
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from conversion.expert_reader import ADAPTER_FORMATS, MODEL_FORMATS, weight_files
+from conversion.journal import file_hash
 from conversion.model_files import EXPERT_FILES, TOKENIZER_PATTERNS
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,20 @@ SMALL_FILES = (
     *EXPERT_FILES,
 )
 
+# Files beside the weights that a result depends on.
+HASHED_FILES = (
+    "config.json",
+    "generation_config.json",
+    ADAPTER_CONFIG,
+    *(format.index for format in (*MODEL_FORMATS, *ADAPTER_FORMATS)),
+    *TOKENIZER_PATTERNS,
+    "*.tiktoken",
+    *EXPERT_FILES,
+)
+
+
+Identity = str | list[int]  # a small file's hash, or size, times of change and inode of one with weights
+
 
 @dataclass(frozen=True)
 class Source:
@@ -43,6 +59,7 @@ class Source:
     model: str  # as the recipe has it
     revision: str | None  # commit of a Hub repository
     folder: Path
+    files: Mapping[str, Identity] = field(default_factory=dict, compare=False)  # as they were before anything was read
 
     @property
     def is_adapter(self) -> bool:
@@ -76,7 +93,7 @@ def find_source(name: str, model: str, folder: Path) -> Source:
     local = Path(model).expanduser()
     local = local if local.is_absolute() else folder / local
     if local.is_dir():
-        source = Source(name, model, None, local)
+        source = Source(name, model, None, local, input_files(local))
         if source.is_adapter and any((local / format.single).exists() for format in MODEL_FORMATS):
             logger.warning("%s: %s holds a model and a PEFT adapter, the adapter is read", name, model)
     elif local.exists():
@@ -106,7 +123,38 @@ def with_weights(source: Source) -> Source:
         if (source.folder / format.index).exists():
             _fetch(source.name, source.repository, source.revision, weight_files(source.folder, [format]))
             break
-    return source
+    return replace(source, files=input_files(source.folder))
+
+
+def input_files(folder: Path) -> dict[str, Identity]:
+    """The files of a model folder that anything is read from, but its card, each with what tells that it changed."""
+    is_adapter = (folder / ADAPTER_CONFIG).exists()
+    weights = []
+    with contextlib.suppress(ValueError):  # there are none, or not yet
+        weights = weight_files(folder, ADAPTER_FORMATS if is_adapter else MODEL_FORMATS)
+    identities: dict[str, Identity] = {}
+    for file in (folder / name for name in weights):
+        if file.is_file():
+            stat = file.stat()
+            # A copy may keep size and time of modification; nobody can set the time of the inode's change.
+            identities[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    for pattern in HASHED_FILES:
+        for file in folder.glob(pattern):
+            if file.is_file():
+                identities[file.relative_to(folder).as_posix()] = file_hash(file)
+    return identities
+
+
+def check_unchanged(sources: Iterable[Source]) -> None:
+    """ValueError where a file is not what it was before it was read: two versions of it may have been mixed."""
+    for source in sources:
+        now = input_files(source.folder)
+        changed = sorted(name for name in source.files.keys() | now.keys() if source.files.get(name) != now.get(name))
+        if changed:
+            raise ValueError(
+                f"{source.name}: {source.folder / changed[0]} was changed while it was read: what came of that is "
+                "not written; give the command again when nothing changes it"
+            )
 
 
 def _fetch(name: str, repo: str, revision: str | None, patterns: Iterable[str]) -> Path:

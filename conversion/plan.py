@@ -31,7 +31,7 @@ from conversion.lora_adapter import LoraReader, adapter_reader, saved_rows
 from conversion.model_files import drop_code_references
 from conversion.model_source import Source, find_source, one_line, with_weights
 from conversion.recipe import Recipe
-from conversion.shard_writer import check_target, leftover_bytes
+from conversion.staged_folder import check_target, leftover_bytes
 from conversion.tensor_names import by_parameter_name
 from conversion.vocabulary import MergedVocabulary, inverse, merge_vocabularies, read_vocabulary
 from conversion.vocabulary_reader import VocabularyReader

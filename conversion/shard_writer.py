@@ -1,45 +1,29 @@
-"""Writing safetensors shards row by row, and a folder that appears only when it is complete.
+"""Writing safetensors shards row by row.
 
 The headers are known before the first row is written, so a row block goes straight to its place in its file. A shard's
 first 8 bytes (the header's length) are written last: a file that was left behind half written does not load. With a
 journal, shards that a stopped run had finished are taken over, and written no second time.
 """
 
-import contextlib
-import errno
 import json
-import logging
 import math
 import os
-import secrets
-import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # no such module on Windows; there, two conversions to one folder are not told apart
-    fcntl = None
-
 from conversion.expert_reader import MODEL_FORMATS
-from conversion.journal import Journal, read_fingerprint
-
-logger = logging.getLogger(__name__)
+from conversion.journal import Journal
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 
 SINGLE_FILE, INDEX_FILE = MODEL_FORMATS[0].single, MODEL_FORMATS[0].index
-CONFIG_FILE = "config.json"
-LOCK_FILE = ".lock"
 HEADER_SIZE_BYTES = 8  # at the beginning of a safetensors file, its header's length
-# What stops a run from outside: what it had finished is good, and the next run takes it over.
-INTERRUPTIONS = (OSError, KeyboardInterrupt, SystemExit, MemoryError)
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} if hasattr(errno, "EDQUOT") else {errno.ENOSPC, errno.EFBIG}
+MAX_OPEN_SHARDS = 16  # some systems let a process open only 64 files; more than threads write at a time
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -69,6 +53,12 @@ def parse_size(size: int | str, name: str = "max_shard_size") -> int:
     if text.isdigit():
         return _positive(int(text), size, name)
     raise ValueError(f"{name} is {size!r}, expected a number of bytes or a size such as '5GB'")
+
+
+def _positive(count: int, size: int | str, name: str) -> int:
+    if count < 1:
+        raise ValueError(f"{name} is {size!r}, expected at least one byte")
+    return count
 
 
 def assign_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:
@@ -111,7 +101,8 @@ class ShardWriter:
         self._locks = [threading.Lock() for _ in shards]
         self._missing = [sum(spec.numel for spec in shard) for shard in shards]  # elements that are not written yet
         self._header_sizes = []
-        self._streams: dict[int, BinaryIO] = {}
+        self._streams: dict[int, BinaryIO] = {}  # the open ones, the last used one last
+        self._streams_lock = threading.Lock()
         for number, shard in enumerate(shards):
             header = self._header(shard)
             self._header_sizes.append(len(header))
@@ -126,10 +117,10 @@ class ShardWriter:
                 self._written.update((spec.name, spec.numel) for spec in shard)
                 self._missing[number] = 0
                 continue
-            self._streams[number] = stream = (folder / self._files[number]).open("wb", buffering=0)
-            stream.truncate(offset)
-            stream.seek(HEADER_SIZE_BYTES)
-            stream.write(header)
+            with (folder / self._files[number]).open("wb") as stream:
+                stream.truncate(offset)
+                stream.seek(HEADER_SIZE_BYTES)
+                stream.write(header)
             if not self._missing[number]:
                 self._finish_shard(number)
 
@@ -167,7 +158,7 @@ class ShardWriter:
         with self._locks[shard]:
             if self._written[name] + tensor.numel() > spec.numel:
                 raise ValueError(f"{name} has {spec.numel} elements, all of them are written already")
-            stream = self._streams[shard]
+            stream = self._open(shard)
             stream.seek(offset + start * (spec.num_bytes // spec.shape[0]))
             while len(view):
                 view = view[stream.write(view) :]
@@ -202,10 +193,27 @@ class ShardWriter:
             stream.close()
         self._streams = {}
 
+    def _open(self, shard: int) -> BinaryIO:
+        """The stream of a shard whose lock is held; of those that nobody writes to now, the oldest are closed."""
+        with self._streams_lock:
+            stream = self._streams.pop(shard, None)
+            for other in list(self._streams):
+                if len(self._streams) < MAX_OPEN_SHARDS:
+                    break
+                if self._locks[other].acquire(blocking=False):
+                    self._streams.pop(other).close()
+                    self._locks[other].release()
+            if stream is None:
+                stream = (self.folder / self._files[shard]).open("r+b", buffering=0)
+            self._streams[shard] = stream
+        return stream
+
     def _finish_shard(self, number: int) -> None:
         """Close a shard that is complete but for its first bytes, and record it."""
-        with self._streams.pop(number) as stream:
+        with self._locks[number], self._open(number) as stream:
             os.fsync(stream.fileno())
+            with self._streams_lock:
+                del self._streams[number]
         if self._journal is not None:
             self._journal.record(self._files[number], self.folder / self._files[number], skip=HEADER_SIZE_BYTES)
 
@@ -229,165 +237,3 @@ class ShardWriter:
             offset += spec.num_bytes
         text = json.dumps(entries, separators=(",", ":")).encode()
         return text + b" " * (-len(text) % 8)
-
-
-class StagedFolder:
-    """A folder that appears under its name only when it is complete.
-
-    Files are written into a hidden folder beside the target, which `publish` renames. Leaving the `with` block
-    without `publish` removes it; what a killed run left behind is removed by the next one for the same target.
-
-    With a fingerprint there is a journal of what is finished. A run that is stopped from outside (a full disk, an
-    interrupt, a kill) then leaves its finished parts, and the next run of the same fingerprint works on in the same
-    folder; one of another fingerprint starts afresh.
-
-    Args:
-        target: the folder to make; it must be absent or empty, or a model folder if `overwrite`.
-        overwrite: replace an old model folder, once the new one is complete.
-        fingerprint: of everything that the result depends on.
-    """
-
-    def __init__(self, target: Path, overwrite: bool = False, fingerprint: str | None = None):
-        check_target(target, overwrite)
-        self.target = target.resolve()
-        self.overwrite = overwrite
-        self.path = self._beside("partial")
-        self.journal: Journal | None = None
-        self._fingerprint = fingerprint
-        self._lock: TextIO | None = None
-
-    def __enter__(self) -> "StagedFolder":
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self._take_leftovers()
-        check_target(self.target, self.overwrite)
-        if self._lock is None:
-            self.path.mkdir()
-            self._lock = _lock(self.path / LOCK_FILE)
-        if self._fingerprint is not None:
-            self.journal = Journal(self.path, self._fingerprint)
-            self.journal.remove_unfinished()
-        return self
-
-    def __exit__(self, kind, exception, traceback) -> None:
-        if self.journal is not None and len(self.journal) and isinstance(exception, INTERRUPTIONS):
-            with contextlib.suppress(OSError):
-                self.journal.remove_unfinished()
-            logger.warning("what was finished is kept in %s: the same command goes on from there", self.path)
-            self._lock.close()
-        else:
-            self._lock.close()
-            shutil.rmtree(self.path, ignore_errors=True)
-        if isinstance(exception, OSError) and exception.errno in NO_SPACE:
-            reason = f"there is no room for the output ({exception.strerror})"
-            raise OSError(exception.errno, reason, str(self.target)) from exception
-
-    def publish(self, config: str | None = None) -> None:
-        """Flush every file and give the folder its name. An old folder under that name goes only then.
-
-        Args:
-            config: text of config.json, without which nothing loads: written last. None: it is there already.
-        """
-        check_target(self.target, self.overwrite)
-        for file in self.path.iterdir():
-            _sync(file)
-        self._lock.close()
-        (self.path / LOCK_FILE).unlink()
-        if self.journal is not None:
-            self.journal.remove()
-            self.journal = None
-        if config is not None:
-            (self.path / CONFIG_FILE).write_text(config, encoding="utf-8")
-        replaced = None
-        if self.target.exists():
-            replaced = self._beside("replaced")
-            os.rename(self.target, replaced)
-        os.rename(self.path, self.target)
-        for path in (self.target / CONFIG_FILE, self.target, self.target.parent):
-            _sync(path)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
-
-    def _beside(self, purpose: str) -> Path:
-        return self.target.parent / f"{_prefix(self.target, purpose)}{secrets.token_hex(4)}"
-
-    def _leftovers(self, purpose: str) -> list[Path]:
-        prefix = _prefix(self.target, purpose)
-        return [path for path in self.target.parent.iterdir() if path.name.startswith(prefix) and path.is_dir()]
-
-    def _take_leftovers(self) -> None:
-        """Take over what a stopped run of the same fingerprint left; remove what others left."""
-        for path in self._leftovers("partial"):
-            lock = _lock(path / LOCK_FILE)
-            if lock is None:
-                raise ValueError(f"another run is writing to {self.target} now (its files are in {path})")
-            same = self._fingerprint is not None and read_fingerprint(path) == self._fingerprint
-            if same and self._lock is None:
-                self.path, self._lock = path, lock
-                continue
-            lock.close()
-            shutil.rmtree(path)
-        for path in self._leftovers("replaced"):
-            if self.target.exists():
-                shutil.rmtree(path)
-            else:  # killed between the two renames: the old folder is still the best there is
-                os.rename(path, self.target)
-
-
-def check_target(target: Path, overwrite: bool = False) -> None:
-    """ValueError unless a checkpoint may be written to `target`: absent, empty, or a model folder to be replaced."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"the output {target} is a file, expected a folder")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(
-            f"the output folder {target} is not empty: choose another, or replace a model with --overwrite"
-        )
-    if not (target / CONFIG_FILE).is_file():
-        raise ValueError(f"the output folder {target} is not a model folder (no {CONFIG_FILE}), it is not overwritten")
-
-
-def leftover_bytes(target: Path) -> int:
-    """Disk space that stopped runs hold beside `target`."""
-    target = target.resolve()
-    if not target.parent.is_dir():
-        return 0
-    folders = [path for path in target.parent.iterdir() if path.name.startswith(_prefix(target, "partial"))]
-    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
-    # On disk a file that was prepared but not yet written is smaller than its size says.
-    return sum(min(stat.st_size, getattr(stat, "st_blocks", stat.st_size) * 512) for stat in map(Path.stat, files))
-
-
-def _prefix(target: Path, purpose: str) -> str:
-    return f".{target.name}.{purpose}-"
-
-
-def _positive(count: int, size: int | str, name: str) -> int:
-    if count < 1:
-        raise ValueError(f"{name} is {size!r}, expected at least one byte")
-    return count
-
-
-def _lock(file: Path) -> TextIO | None:
-    """Take the lock of a folder; None if a running process holds it. The lock of a killed one is gone."""
-    stream = file.open("w")
-    if fcntl is not None:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            stream.close()
-            return None
-    return stream
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,7 +23,9 @@ queries, so that the router's probabilities say how often it is right; how well 
 temperature was not fitted to (see `router_metrics`).
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import sys
@@ -33,21 +35,24 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from conversion.generate import load_tokenizer
-from conversion.merged_checkpoint import read_config, resolve_folder
+from conversion.merged_checkpoint import find_checkpoint, read_config
 from conversion.model_card import write_card
 from conversion.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
-from conversion.model_source import without_folder
+from conversion.model_source import Source, check_unchanged, without_folder
 from conversion.report import format_bytes
 from conversion.router_data import (
     Query,
@@ -68,6 +73,7 @@ from conversion.router_metrics import (
     router_metrics,
     useful_temperature,
 )
+from conversion.staged_folder import CONFIG_FILE, StagedFolder, check_target
 
 logger = logging.getLogger(__name__)
 
@@ -223,14 +229,46 @@ def cache_features(
     return cached
 
 
+class FinishedCheckpoints(TrainerCallback):
+    """Writes into the journal of a staged folder which of the Trainer's checkpoints are whole."""
+
+    def __init__(self, staged: StagedFolder):
+        self._staged = staged
+
+    def on_save(self, args, state, control, **kwargs):
+        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for file in sorted((self._staged.path / name).rglob("*")):
+            if file.is_file():
+                self._staged.journal.record(str(file.relative_to(self._staged.path)), file)
+
+
 def check_output(out: Path, checkpoint: Path, overwrite: bool) -> None:
-    """ValueError where the output folder holds a model that must stay."""
-    if out.resolve() == checkpoint.resolve():
-        raise ValueError(f"the output folder {out} is the checkpoint that is trained: choose another")
-    if out.is_file():
-        raise ValueError(f"the output {out} is a file, expected a folder")
-    if (out / "config.json").exists() and not overwrite:
-        raise ValueError(f"the output folder {out} holds a model: choose another, or replace it with --overwrite")
+    """ValueError where the output folder holds something that must stay."""
+    check_target(out, overwrite)
+    if out.resolve() == checkpoint.resolve() or out.resolve() in checkpoint.resolve().parents:
+        raise ValueError(f"the output folder {out} holds the checkpoint that is trained: choose another")
+
+
+def training_fingerprint(source: Source, *queries: list[Query]) -> dict[str, Any]:
+    """What the Trainer's checkpoints depend on, beside its own arguments: the model and the encoded queries."""
+    digest = hashlib.sha256()
+    for query in (query for part in queries for query in part):
+        digest.update(json.dumps(query, sort_keys=True).encode())
+    values = {"command": "train-router", "checkpoint": source.files, "queries": digest.hexdigest()}
+    return json.loads(json.dumps(values))
+
+
+def find_resumed(resume: bool | str | None, folders: tuple[Path, ...]) -> str | None:
+    """The Trainer's checkpoint to go on from: the named one, or for True the last one of the first folder with any."""
+    if resume is not True:
+        return resume or None
+    last = next(filter(None, (get_last_checkpoint(folder) for folder in folders if folder.is_dir())), None)
+    if last is None:
+        raise ValueError(
+            f"there is no {PREFIX_CHECKPOINT_DIR}-* of the same training to go on from in {folders[-1]} or beside it: "
+            "leave --resume-from-checkpoint out, or name one"
+        )
+    return last
 
 
 def log_parameters(model: PreTrainedModel) -> None:
@@ -243,16 +281,25 @@ def log_parameters(model: PreTrainedModel) -> None:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Train and save; returns the final metrics, which are also in the output's router_eval.json."""
-    args, training_args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.ExitStack() as stack:
+        return train_router(*parse_arguments(sys.argv[1:] if arguments is None else arguments), stack)
+
+
+def train_router(
+    args: RouterArguments, training_args: RouterTrainingArguments, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """Train and save; the folder that the output is written into until it is complete is entered into `stack`."""
     if not training_args.should_log:  # one process of several speaks
         logging.getLogger("conversion").setLevel(logging.ERROR)
-    folder, out = resolve_folder(args.checkpoint), Path(training_args.output_dir)
+    source, out = find_checkpoint(args.checkpoint), Path(training_args.output_dir)
+    folder, resume = source.folder, training_args.resume_from_checkpoint
+    overwrite = args.overwrite or bool(resume)
     config = read_config(folder)
     if args.max_length is not None:
         config.router["max_tokens"] = args.max_length
     if args.threshold is not None:
         config.router["threshold"] = args.threshold
-    check_output(out, folder, args.overwrite or bool(training_args.resume_from_checkpoint))
+    check_output(out, folder, overwrite)
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(folder)
@@ -273,6 +320,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     model.freeze_for_router_training()
     log_parameters(model)
 
+    fingerprint = training_fingerprint(source, train, evaluation)
+    staged = None
+    if training_args.process_index == 0:
+        staged = StagedFolder(
+            out,
+            overwrite,
+            fingerprint,
+            resume=bool(resume),
+            how_to_resume="the same command with --resume-from-checkpoint true goes on from there",
+        )
+        stack.enter_context(staged)
+    (training_args.output_dir,) = broadcast_object_list([str(staged.path) if staged else None])
+    training_args.resume_from_checkpoint = find_resumed(resume, (Path(training_args.output_dir), out))
+
     collator, trained, sources = RouterCollator(tokenizer), model, [query["source"] for query in evaluation]
     if args.cache_features:
         train, evaluation = (cache_features(model, part, collator, training_args) for part in (train, evaluation))
@@ -284,6 +345,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         eval_dataset=evaluation,
         data_collator=collator,
         compute_metrics=lambda prediction: router_metrics(prediction, config.expert_names),
+        callbacks=[FinishedCheckpoints(staged)] if staged else None,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
@@ -292,8 +354,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     router["temperature"] = useful_temperature(prediction.predictions, prediction.label_ids)
     metrics = evaluate_router(prediction.predictions, prediction.label_ids, sources, config.expert_names, router)
     metrics["training"] = {"queries": train_queries, **training_record(args), "seed": training_args.seed}
-    if trainer.is_world_process_zero():
-        save_checkpoint(model, folder, out, metrics)
+    trainer.accelerator.wait_for_everyone()  # to have written what they save
+    if staged:
+        config_text = save_checkpoint(model, folder, staged.path, metrics)
+        check_unchanged([source])
+        staged.publish(config_text)
+        logger.info("saved the trained checkpoint to %s", out)
     trainer.accelerator.end_training()
     return metrics
 
@@ -307,9 +373,15 @@ def training_record(args: RouterArguments) -> dict[str, Any]:
     }
 
 
-def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: dict[str, Any]) -> None:
-    """The model with its trained router, everything else of the checkpoint it is from, and the evaluation."""
+def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: dict[str, Any]) -> str:
+    """The model with its trained router, everything else of the checkpoint it is from, and the evaluation.
+
+    Returns:
+        The text of config.json, which belongs there last.
+    """
     model.save_pretrained(out)
+    config = (out / CONFIG_FILE).read_text(encoding="utf-8")
+    (out / CONFIG_FILE).unlink()
     copy_files(folder, out, (*COMPANION_FILES, *EXPERT_FILES, CARD_FILE, REPORT_FILE))
     (out / METRICS_FILE).write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     has_plot = True
@@ -317,10 +389,9 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: di
         plot_confusion(metrics, out / PLOT_FILE)
     except ValueError as error:
         has_plot = False
-        (out / PLOT_FILE).unlink(missing_ok=True)  # of an earlier run
         logger.info("no picture of the confusion matrix was drawn: %s", error)
     write_card(out, card_section(metrics, has_plot))
-    logger.info("saved the trained checkpoint to %s", out)
+    return config
 
 
 if __name__ == "__main__":

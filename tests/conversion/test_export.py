@@ -107,6 +107,7 @@ def test_export_carries_the_tokenizer_and_nothing_of_the_merge(stored, tmp_path)
     (stored.folder / "modeling_channel_merged.py").write_text("")
     export_expert(stored.folder, "math", tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        ".channel-merge.json",
         "config.json",
         "generation_config.json",
         "model.safetensors",

@@ -1,14 +1,16 @@
 """A part counts as finished only while its file is what it was."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from conversion.journal import Journal, file_identity, fingerprint, read_fingerprint
+from conversion.journal import Journal, differences, read_fingerprint
 
 
 @pytest.fixture
 def journal(tmp_path):
-    journal = Journal(tmp_path, "f")
+    journal = Journal(tmp_path, {"f": 1})
     (tmp_path / "shard").write_bytes(b"12345678data")
     journal.record("shard", tmp_path / "shard", skip=8)
     journal.save("groups", journal.folder / "groups", {"x": torch.arange(3)})
@@ -16,16 +18,16 @@ def journal(tmp_path):
 
 
 def test_the_same_fingerprint_finds_what_was_finished(journal, tmp_path):
-    assert read_fingerprint(tmp_path) == "f"
-    again = Journal(tmp_path, "f")
+    assert read_fingerprint(tmp_path) == {"f": 1}
+    again = Journal(tmp_path, {"f": 1})
     assert len(again) == 2 and again.finished("groups") and again.finished("shard", skip=8)
     assert not again.finished("nothing")
     assert again.files == {tmp_path / "shard", journal.folder / "groups"}
 
 
 def test_another_fingerprint_finds_nothing(journal, tmp_path):
-    assert len(Journal(tmp_path, "g")) == 0
-    assert len(Journal(tmp_path, "f")) == 0  # the other run took over
+    assert len(Journal(tmp_path, {"g": 1})) == 0
+    assert len(Journal(tmp_path, {"f": 1})) == 0  # the other run took over
 
 
 def test_skipped_bytes_may_change_and_no_others(journal, tmp_path):
@@ -41,10 +43,10 @@ def test_skipped_bytes_may_change_and_no_others(journal, tmp_path):
 def test_a_damaged_ending_does_not_spoil_what_comes_after(journal, tmp_path, ending):
     with (journal.folder / "journal.jsonl").open("a") as stream:
         stream.write(ending)
-    again = Journal(tmp_path, "f")
+    again = Journal(tmp_path, {"f": 1})
     assert len(again) == 2
     again.save("more", again.folder / "more", {})
-    assert len(Journal(tmp_path, "f")) == 3
+    assert len(Journal(tmp_path, {"f": 1})) == 3
 
 
 def test_what_was_not_finished_goes(journal, tmp_path):
@@ -54,15 +56,34 @@ def test_what_was_not_finished_goes(journal, tmp_path):
     (journal.folder / "half").touch()
     journal.remove_unfinished()
     assert {path.name for path in tmp_path.rglob("*")} == {".lock", ".journal", "journal.jsonl", "groups", "shard"}
-    journal.remove()
-    assert {path.name for path in tmp_path.iterdir()} == {".lock", "shard"}
-    assert read_fingerprint(tmp_path) is None
 
 
-def test_fingerprints_tell_values_and_files_apart(tmp_path):
-    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 2, "b": 1})
-    (tmp_path / "x").write_text("1")
-    before = file_identity(tmp_path)
-    assert file_identity(tmp_path) == before
-    (tmp_path / "x").write_text("11")
-    assert file_identity(tmp_path) != before
+def test_folders_of_finished_parts_stay(journal, tmp_path):
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state").touch()
+    journal.record("checkpoint-1/state", tmp_path / "checkpoint-1" / "state")
+    journal.remove_unfinished()
+    assert (tmp_path / "checkpoint-1" / "state").exists() and not (tmp_path / "checkpoint-2").exists()
+
+
+def test_a_kill_while_the_journal_is_opened_loses_nothing(journal, tmp_path, monkeypatch):
+    """The old one stays until the new one is written."""
+
+    def fail(self, text, **kwargs):
+        with self.open("w") as stream:
+            stream.write(text[:10])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match="No space"):
+            Journal(tmp_path, {"f": 1})
+    assert len(Journal(tmp_path, {"f": 1})) == 2
+
+
+def test_differences_are_named():
+    before = {"recipe": {"seed": 1, "dtype": "float32"}, "inputs": {"a": {"x": [1, 2]}}, "code": "1"}
+    now = {"recipe": {"seed": 2, "dtype": "float32"}, "inputs": {"a": {"x": [1, 3]}}, "device": "cpu", "code": "1"}
+    assert list(differences(before, now)) == ["device", "inputs.a.x", "recipe.seed"]
+    assert not list(differences(now, now))

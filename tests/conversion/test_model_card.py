@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -7,7 +8,7 @@ from huggingface_hub import ModelCard
 from conversion import plan as plan_module
 from conversion.convert import convert
 from conversion.model_card import read_card
-from conversion.model_source import Source
+from conversion.model_source import Source, input_files
 from conversion.recipe import parse_recipe
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -40,7 +41,9 @@ def card_of(make_experts, write_recipe, tmp_path, monkeypatch):
                 "find_source",
                 lambda name, model, _: Source(name, model, REVISION, folders[model.partition("@")[0]]),
             )
-            monkeypatch.setattr(plan_module, "with_weights", lambda source: source)
+            monkeypatch.setattr(
+                plan_module, "with_weights", lambda source: replace(source, files=input_files(source.folder))
+            )
         convert(parse_recipe(recipe), tmp_path / "out", progress=False)
         return ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False)
 

@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from conversion.plan import find_source, make_plan
 from conversion.recipe import parse_recipe
+from conversion.staged_folder import FILE_LIST
 
 
 def change_config(folder, **fields):
@@ -24,6 +25,12 @@ def change_tensors(folder, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+
+
+def list_files(folder):
+    """Let a folder look as if a run had written it."""
+    files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    (folder / FILE_LIST).write_text(json.dumps({"files": [FILE_LIST, *files]}))
 
 
 @pytest.fixture
@@ -218,12 +225,17 @@ def test_the_output_must_be_new_and_no_source(llama, tmp_path):
     base, experts, recipe = llama
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").touch()
+    list_files(tmp_path / "full")
     with pytest.raises(ValueError, match="full is not empty"):
         make_plan(recipe, tmp_path / "full")
     make_plan(recipe, tmp_path / "full", overwrite=True)
+    with pytest.raises(ValueError, match="expert1 does not say what was written there"):
+        make_plan(recipe, experts[1], overwrite=True)
+    list_files(experts[1])
     with pytest.raises(ValueError, match="holds the checkpoint of e1"):
         make_plan(recipe, experts[1], overwrite=True)
     (base.parent / "config.json").touch()
+    list_files(base.parent)
     with pytest.raises(ValueError, match="holds the checkpoint of base_model"):
         make_plan(recipe, base.parent, overwrite=True)
 

@@ -190,12 +190,78 @@ def test_a_journal_that_was_cut_short(run, whole, work, monkeypatch, cut):
     assert run() == whole
 
 
-def test_wrong_input_leaves_nothing_behind(run, work, monkeypatch):
-    """What no second run could mend is not kept."""
-    stop_at(monkeypatch, ShardWriter, "write", 40, ValueError("does not fit"))
-    with pytest.raises(ValueError, match="does not fit"):
-        run()
-    assert not list(work.iterdir())
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("does not fit"), KeyError("unforeseen")])
+def test_no_error_throws_finished_work_away(run, whole, grouped, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        stop_at(patch, ShardWriter, "write", 40, error)
+        with pytest.raises(type(error)):
+            run()
+    grouped.clear()
+    assert run() == whole
+    assert not grouped
+
+
+def test_what_no_result_depends_on_keeps_finished_work(run, recipe, whole, work, grouped, monkeypatch, tmp_path):
+    """A file that a system makes, another card, the same size written otherwise."""
+    interrupted(run, monkeypatch)
+    grouped.clear()
+    (tmp_path / "in" / "expert1" / ".DS_Store").touch()
+    (tmp_path / "in" / "expert2" / "notes.txt").touch()
+    (tmp_path / "in" / "base" / "README.md").write_text("# A base\n")
+    convert(recipe, work / "out", max_shard_size=15_000, device="cpu", progress=False)
+    assert not grouped
+    assert {name: data for name, data in contents(work / "out").items() if name != "README.md"} == {
+        name: data for name, data in whole.items() if name != "README.md"
+    }
+
+
+def exchange(file: Path) -> None:
+    """Other bytes, with the size and the time of modification of those before."""
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-4:] = bytes(4) if file.suffix == ".safetensors" else b"   }"
+    file.write_bytes(data)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+
+
+def test_inputs_of_the_same_size_and_time_start_afresh(run, recipe, whole, work, grouped, monkeypatch, tmp_path):
+    interrupted(run, monkeypatch)
+    exchange(tmp_path / "in" / "expert1" / "model.safetensors")
+    grouped.clear()
+    changed = run()
+    assert len(grouped) == len(set(grouped)) > 10 and changed != whole
+    shutil.rmtree(work / "out")
+    assert run() == changed
+
+
+@pytest.mark.parametrize("name", ["expert2/model.safetensors", "base/model.safetensors", "expert0/tokenizer.json"])
+def test_inputs_that_change_during_a_run_are_not_mixed(run, whole, work, monkeypatch, tmp_path, name):
+    file, merged = tmp_path / "in" / name, convert_module.write_modules
+
+    def change(*args):
+        exchange(file) if file.suffix == ".safetensors" else file.write_text(file.read_text() + " ")
+        return merged(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "write_modules", change)
+        with pytest.raises(ValueError, match=f"{name} was changed while it was read"):
+            run()
+    assert not (work / "out").exists()
+    changed = run()
+    shutil.rmtree(work / "out")
+    assert run() == changed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit of open files")
+def test_many_shards_with_few_open_files(recipe, whole, work):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+
+    done = command_line(recipe, work / "out", shards="100", preexec_fn=limit)
+    assert done.returncode == 0, done.stderr
+    assert len(list((work / "out").glob("*.safetensors"))) > 50
 
 
 KILLS = """
@@ -256,8 +322,8 @@ main(sys.argv[1:])
 """
 
 
-def command_line(recipe: Path, out: Path, **options) -> subprocess.CompletedProcess:
-    arguments = ["convert", str(recipe), str(out), "--no-progress", "--max-shard-size", SHARDS]
+def command_line(recipe: Path, out: Path, shards: str = SHARDS, **options) -> subprocess.CompletedProcess:
+    arguments = ["convert", str(recipe), str(out), "--no-progress", "--max-shard-size", shards]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", FULL_DISK, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, **options)

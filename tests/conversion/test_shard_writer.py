@@ -1,6 +1,10 @@
-"""What the writer writes row by row is what safetensors loads; a folder appears whole or not at all."""
+"""What the writer writes row by row is what safetensors loads."""
 
+import contextlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from conversion.journal import Journal
-from conversion.shard_writer import ShardWriter, StagedFolder, TensorSpec, leftover_bytes, parse_size
+from conversion.shard_writer import ShardWriter, TensorSpec, parse_size
 
 
 def tensors():
@@ -122,123 +126,30 @@ def test_sizes_are_read_as_people_write_them():
             parse_size(wrong)
 
 
-def test_a_folder_appears_only_when_it_is_published(tmp_path):
-    target = tmp_path / "deep" / "model"
-    with StagedFolder(target) as staged:
-        (staged.path / "weights").write_text("w")
-        assert not target.exists()
-        assert not (staged.path / "config.json").exists()
-        staged.publish("{}")
-    assert sorted(file.name for file in target.iterdir()) == ["config.json", "weights"]
-    assert list(target.parent.iterdir()) == [target]
+def open_files(folder):
+    """How many files of a folder this process has open."""
+    count = 0
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # another thread has just closed it
+            count += os.readlink(f"/proc/self/fd/{number}").startswith(str(folder))
+    return count
 
 
-def test_a_failed_run_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="no"), StagedFolder(tmp_path / "model"):
-        raise RuntimeError("no")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+def test_few_shards_are_open_at_once(tmp_path):
+    """A hundred shards, written in turns by several threads."""
+    values = {f"t{number}": torch.full((8, 5), float(number)) for number in range(100)}
+    writer = ShardWriter(tmp_path, specs(values), 160)
+    most = []
 
+    def write(row):
+        for name, value in values.items():
+            writer.write(name, value[row : row + 1], row)
+            most.append(open_files(tmp_path))
 
-def make_model(folder, text):
-    with StagedFolder(folder, overwrite=True) as staged:
-        staged.publish(text)
-
-
-def test_an_old_model_goes_only_when_the_new_one_is_there(tmp_path):
-    target = tmp_path / "model"
-    make_model(target, "old")
-    with pytest.raises(ValueError, match="not empty"):
-        StagedFolder(target)
-    with pytest.raises(RuntimeError, match="no"), StagedFolder(target, overwrite=True):
-        raise RuntimeError("no")
-    assert (target / "config.json").read_text() == "old"
-    make_model(target, "new")
-    assert (target / "config.json").read_text() == "new"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_only_model_folders_are_overwritten(tmp_path):
-    (tmp_path / "precious").touch()
-    with pytest.raises(ValueError, match="not a model folder"):
-        StagedFolder(tmp_path, overwrite=True)
-    with pytest.raises(ValueError, match="is a file"):
-        StagedFolder(tmp_path / "precious", overwrite=True)
-
-
-def test_an_empty_folder_may_be_the_target(tmp_path):
-    target = tmp_path / "model"
-    target.mkdir()
-    make_model(target, "new")
-    assert (target / "config.json").read_text() == "new"
-
-
-def test_leftovers_of_killed_runs_go_with_the_next_one(tmp_path):
-    leftover = tmp_path / ".model.partial-0a0b"
-    leftover.mkdir()
-    (leftover / ".lock").touch()
-    make_model(tmp_path / "model", "new")
-    assert list(tmp_path.iterdir()) == [tmp_path / "model"]
-
-
-def interrupt(target, fingerprint, parts=("part",)):
-    with pytest.raises(KeyboardInterrupt), StagedFolder(target, fingerprint=fingerprint) as staged:
-        for part in parts:
-            staged.journal.save(part, staged.path / part, {})
-        (staged.path / "unfinished").write_bytes(bytes(10_000))
-        raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_is_taken_over_by_the_same_one_only(tmp_path):
-    target = tmp_path / "model"
-    interrupt(target, "one")
-    (left,) = tmp_path.iterdir()
-    assert {path.name for path in left.iterdir()} == {".lock", ".journal", "part"}
-    with StagedFolder(target, fingerprint="one") as staged:
-        assert staged.path == left and staged.journal.finished("part")
-        with pytest.raises(ValueError, match="another run"), StagedFolder(target, fingerprint="one"):
-            pass
-        staged.publish("{}")
-    assert {path.name for path in target.iterdir()} == {"config.json", "part"}
-    assert list(tmp_path.iterdir()) == [target]
-
-
-@pytest.mark.parametrize("fingerprint", ["two", None])
-def test_an_interrupted_run_of_something_else_goes(tmp_path, fingerprint):
-    target = tmp_path / "model"
-    interrupt(target, "one")
-    with StagedFolder(target, fingerprint=fingerprint) as staged:
-        assert not (staged.path / "part").exists()
-        assert list(tmp_path.iterdir()) == [staged.path]
-        staged.publish("{}")
-
-
-def test_nothing_is_kept_where_nothing_was_finished(tmp_path):
-    interrupt(tmp_path / "model", "one", parts=())
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_a_stopped_run_left_counts_as_free(tmp_path):
-    assert leftover_bytes(tmp_path / "new" / "model") == leftover_bytes(tmp_path / "model") == 0
-    interrupt(tmp_path / "model", "one")
-    (left,) = tmp_path.iterdir()
-    (left / "written").write_bytes(bytes(50_000))
-    with (left / "prepared").open("wb") as stream:
-        stream.truncate(10**9)
-    assert 50_000 <= leftover_bytes(tmp_path / "model") < 60_000
-    assert leftover_bytes(tmp_path / "other") == 0
-
-
-def test_a_model_moved_aside_by_a_killed_run_comes_back(tmp_path):
-    aside = tmp_path / ".model.replaced-0a0b"
-    make_model(aside, "old")
-    with pytest.raises(ValueError, match="not empty"), StagedFolder(tmp_path / "model"):
-        pass
-    assert (tmp_path / "model" / "config.json").read_text() == "old"
-
-
-def test_two_runs_to_one_folder_do_not_mix(tmp_path):
-    with StagedFolder(tmp_path / "model") as first:
-        with pytest.raises(ValueError, match="another run"), StagedFolder(tmp_path / "model"):
-            pass
-        first.publish("{}")
-    assert (tmp_path / "model" / "config.json").exists()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(8)))
+    writer.finish()
+    assert max(most) <= 20 and open_files(tmp_path) == 0
+    loaded = load(tmp_path)
+    assert all(torch.equal(loaded[name], value) for name, value in values.items())
