@@ -247,6 +247,8 @@ def push(
 ):
     """Check a merged checkpoint and upload its folder to the Hub, in one commit. Log in first with: hf auth login
 
+    The repository then holds what the folder holds: files that are only there are deleted, and stay in its history.
+
     \b
     Example:
       channel-merge push merged user/name --private

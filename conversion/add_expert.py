@@ -106,7 +106,7 @@ def add_expert(
         check_out(out, addition)
         stored_bytes = sum(tensor.num_bytes for tensor in merged.tensors.values())
         new_bytes = sum(tensor.num_bytes for tensor in addition.reader.tensors.values())
-        check_disk_space(out, stored_bytes + new_bytes)
+        check_disk_space(out, stored_bytes + new_bytes, {})
         merged.check_channel_indices()
         with (
             StagedFolder(out, overwrite) as staged,

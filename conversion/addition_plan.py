@@ -12,7 +12,7 @@ import torch
 from conversion.expert_reader import ADAPTER_FORMATS, ExpertReader, read_headers
 from conversion.lora_adapter import LoraReader, adapter_reader, read_adapter_config
 from conversion.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_config
-from conversion.model_files import check_file_name
+from conversion.model_files import check_file_name, same_file
 from conversion.model_source import Source, find_source, with_weights
 from conversion.plan import (
     BASE,
@@ -125,6 +125,7 @@ def plan_addition(
     place = old.expert_names.index(name) if replace else old.num_experts
     readers = NewReaders(merged, name, base_source)
     if adapted is not None:
+        readers.check_template(name, adapted)
         reader, vocabulary = readers.adapter_of_expert(source, adapted, str(checkpoint)), None
         present = merged.has_token(merged.config.expert_id(adapted))
     else:
@@ -157,6 +158,11 @@ def check_name(name: str, config: ChannelMergedConfig, replace: bool) -> None:
         config.expert_id(name)
     elif name in names:
         raise ValueError(f"the checkpoint has an expert {name!r}: give another name, or exchange it (--replace)")
+    elif (other := same_file(name, names)) is not None:
+        raise ValueError(
+            f"the checkpoint has an expert {other!r}, which differs from {name!r} only in case, and their files would "
+            "be the same on some systems: give another name"
+        )
     elif len(names) >= MAX_EXPERTS:
         raise ValueError(f"the checkpoint has {len(names)} experts, at most {MAX_EXPERTS} are possible")
 
@@ -255,6 +261,12 @@ class NewReaders:
         shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
         origin = Source("checkpoint", checkpoint, None, self._merged.folder)
         return adapter_reader(source, origin, stored, self._merged.base_model, self._merged.modules, shapes)
+
+    def check_template(self, name: str, adapted: str) -> None:
+        """ValueError where the chat template that a new expert takes from `adapted` has another one's file."""
+        templates = named_templates(self._vocabulary.tokenizer)
+        if adapted != name and adapted in templates and (other := same_file(name, templates)) is not None:
+            raise ValueError(f"the checkpoint has a chat template {other!r}: give the expert {name!r} another name")
 
     def _whole(self, source: Source) -> tuple[ExpertReader, OwnVocabulary]:
         """A whole model's reader by its own ids, and its vocabulary."""

@@ -31,7 +31,7 @@ from conversion.memory_budget import CHUNK_BYTES, plan_memory
 from conversion.merging_pass import output_tensors, write_modules
 from conversion.model_source import check_unchanged
 from conversion.module_rows import all_modules
-from conversion.plan import Plan, make_plan
+from conversion.plan import Plan, check_disk_space, make_plan
 from conversion.recipe import Recipe, load_recipe
 from conversion.shard_writer import ShardWriter, parse_size
 from conversion.staged_folder import StagedFolder
@@ -87,6 +87,7 @@ def convert(
     torch_device = find_device(device)
     blocks = BlockReader(plan, memory.chunk_bytes, torch_device)
     fingerprint = conversion_fingerprint(plan, max_shard_size=shard_bytes, device=str(torch_device))
+    check_disk_space(out, plan.max_bytes, fingerprint)
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(StagedFolder(out, overwrite, fingerprint))
         for reader in (plan.base_reader, *plan.readers):

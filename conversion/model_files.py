@@ -66,6 +66,11 @@ def check_file_name(name: Any, what: str) -> None:
         )
 
 
+def same_file(name: str, names: Iterable[str]) -> str | None:
+    """The first of the names whose files would be those of `name` on a file system that does not know case."""
+    return next((other for other in names if other.casefold() == name.casefold()), None)
+
+
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> list[Path]:
     """Copy the files of a folder that match any of the patterns, under the same relative names, as `copy_file` does.
 

@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
         overwrite: `out` may hold a model, which will be replaced.
 
     Raises:
-        ValueError: the checkpoints do not fit each other or this program, or there is no room for the output.
+        ValueError: the checkpoints do not fit each other or this program, or the output may not be written there.
     """
     recipe = recipe.resolved()
     if out is not None:
@@ -176,7 +177,7 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
     ]
     dtype = output_dtype(recipe, [base_reader, *readers])
     base_reader, *readers = by_merged_channels([base_reader, *readers], inner, vocabulary)
-    plan = Plan(
+    return Plan(
         recipe=recipe.with_dtype(str(dtype).removeprefix("torch.")),
         base=base,
         experts=tuple(experts),
@@ -189,9 +190,6 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
         vocabulary=vocabulary,
         vocabulary_paths=vocabulary_paths(inner),
     )
-    if out is not None:
-        check_disk_space(Path(out), plan.max_bytes)
-    return plan
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -402,12 +400,12 @@ def output_dtype(recipe: Recipe, readers: list[ExpertReader]) -> torch.dtype:
     return dtype
 
 
-def check_disk_space(out: Path, max_bytes: int) -> None:
-    """ValueError where the output might not fit."""
+def check_disk_space(out: Path, max_bytes: int, fingerprint: Mapping[str, Any]) -> None:
+    """ValueError where the output of a run of this fingerprint might not fit."""
     folder = out.resolve()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free + leftover_bytes(out)  # a stopped run's files are taken over, or removed
+    free = shutil.disk_usage(folder).free + leftover_bytes(out, fingerprint)
     if max_bytes > free:
         raise ValueError(
             f"{out} needs up to {max_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there: free some space"

@@ -1,7 +1,8 @@
 """Uploading a merged checkpoint to the Hub, once it is known to be one.
 
-Every file of the folder goes up, the code that loads it included, in one commit. Only whole checkpoints are pushed:
-config, tensor headers and channel indices are checked first, and so are the metadata of the model card.
+Every file of the folder goes up, the code that loads it included, in one commit, which also deletes what the folder
+does not have: an old model.safetensors beside new shards is what Transformers would load. Only whole checkpoints are
+pushed: config, tensor headers and channel indices are checked first, and so are the metadata of the model card.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Pushed:
 def push_checkpoint(
     checkpoint: str | Path, repo_id: str, *, private: bool | None = None, message: str | None = None
 ) -> Pushed:
-    """Create the repository if it is not there, and upload the folder `checkpoint` to it.
+    """Create the repository if it is not there, and make the folder `checkpoint` its content; commits before stay.
 
     Args:
         private: of a new repository; None is the default of its owner. An old one stays as it is.
@@ -54,6 +55,7 @@ def push_checkpoint(
             repo_type="model",
             commit_message=message or "Upload a channel-merged model",
             ignore_patterns=IGNORED_FILES,
+            delete_patterns="*",
         )
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub refused {repo_id}: {_one_line(error)}") from None

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from conversion.merge_methods import MergeMethod
-from conversion.model_files import check_file_name
+from conversion.model_files import check_file_name, same_file
 
 # What a merge method does with its group, and so which parameters it reads; the values are mergekit's defaults.
 METHOD_DEFAULTS: dict[str, dict[str, float | bool]] = {
@@ -172,6 +172,11 @@ class Recipe(StrictModel):
             if names.count(name) > 1:
                 raise ValueError(
                     f"experts: the name {name!r} is given to {names.count(name)} experts, names are unique"
+                )
+            if (other := same_file(name, names)) not in (None, name):
+                raise ValueError(
+                    f"experts: {other!r} and {name!r} differ only in case, and their files would be the same on some "
+                    "systems: give one another name"
                 )
         return self
 

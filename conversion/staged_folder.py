@@ -236,9 +236,12 @@ def check_target(target: Path, overwrite: bool = False) -> None:
         )
 
 
-def leftover_bytes(target: Path) -> int:
-    """Disk space that stopped runs hold for `target`."""
-    return sum(map(_disk_bytes, _leftovers(target.resolve(), "partial")))
+def leftover_bytes(target: Path, fingerprint: Mapping[str, Any] | None = None) -> int:
+    """Disk space that stopped runs hold for `target`; with a fingerprint, what a run of it would use or remove."""
+    paths = _leftovers(target.resolve(), "partial")
+    return sum(
+        _disk_bytes(path) for path in paths if fingerprint is None or read_fingerprint(path) in (None, fingerprint)
+    )
 
 
 def _move_in(target: Path, folder: Path) -> None:

@@ -40,6 +40,7 @@ from conversion.model_files import (
     copy_files,
     drop_code_references,
     read_config_file,
+    same_file,
     write_json,
 )
 from conversion.model_source import one_line
@@ -317,13 +318,20 @@ class MergedVocabulary:
             return {}
         templates = {**base, DEFAULT_TEMPLATE: default}
         for expert, named in zip(self.experts, own, strict=True):
-            if expert.name in templates:
+            if expert.name in {*base, DEFAULT_TEMPLATE}:
                 raise ValueError(
                     f"expert {expert.name!r} has the name of a chat template of the base "
                     f"({', '.join(sorted({*base, DEFAULT_TEMPLATE}))}): give it another name"
                 )
-            templates[expert.name] = named.pop(DEFAULT_TEMPLATE, default)
-            templates |= {f"{expert.name}-{key}": text for key, text in named.items()}
+            named = {DEFAULT_TEMPLATE: default, **named}
+            for key, text in named.items():
+                name = expert.name if key == DEFAULT_TEMPLATE else f"{expert.name}-{key}"
+                if (other := same_file(name, templates)) is not None:
+                    raise ValueError(
+                        f"expert {expert.name!r}: its chat template would be {name!r}, and {other!r} is there "
+                        "already: give the expert another name"
+                    )
+                templates[name] = text
         return templates
 
     def report(self) -> dict[str, Any]:

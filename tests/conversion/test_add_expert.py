@@ -593,6 +593,12 @@ def test_wrong_shapes_and_values_are_named(merged, tmp_path):
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
+def test_a_name_that_differs_only_in_case_is_refused(merged, tmp_path):
+    checkpoint, _, experts = merged()
+    with pytest.raises(ValueError, match="'e0', which differs from 'E0' only in case"):
+        add_expert(checkpoint, experts[2], tmp_path / "out", "E0", progress=False)
+
+
 @pytest.mark.parametrize("tolerance", [-0.1, math.nan, math.inf])
 def test_tolerance_is_a_share(tmp_path, tolerance):
     with pytest.raises(ValueError, match="tolerance is .*, expected a finite number, at least 0"):
@@ -604,7 +610,7 @@ def test_the_output_folder(merged, tmp_path):
     for out in (checkpoint, experts[2]):
         with pytest.raises(ValueError, match="is not empty"):
             add_expert(checkpoint, experts[2], out, "new", progress=False)
-        with pytest.raises(ValueError, match="that is read: choose another"):
+        with pytest.raises(ValueError, match="that is read: choose another|does not say what was written there"):
             add_expert(checkpoint, experts[2], out, "new", overwrite=True, progress=False)
     add_expert(checkpoint, experts[2], tmp_path / "out", "new", progress=False)
     add_expert(checkpoint, experts[2], tmp_path / "out", "newer", overwrite=True, progress=False)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
+from conversion.convert import convert
 from conversion.plan import find_source, make_plan
 from conversion.recipe import parse_recipe
 from conversion.staged_folder import FILE_LIST
@@ -244,7 +245,8 @@ def test_a_full_disk_is_seen_before(llama, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(ValueError, match="needs up to 0.00 GB, but 0.00 GB are free"):
-        make_plan(llama[2], tmp_path / "not" / "there" / "yet")
+        convert(llama[2], tmp_path / "not" / "there" / "yet", progress=False)
+    assert not (tmp_path / "not").exists()
 
 
 def test_relative_models_are_looked_up_beside_the_recipe(llama, write_recipe):

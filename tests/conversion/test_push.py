@@ -3,7 +3,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -12,6 +12,7 @@ from conversion.__main__ import main
 from conversion.convert import convert
 from conversion.push import push_checkpoint
 from conversion.recipe import parse_recipe
+from conversion.staged_folder import FILE_LIST
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,9 +60,50 @@ def test_a_checkpoint_is_created_and_uploaded(hub, merged):
     (merged / ".cache" / "state").write_text("")
     files = [str(file.relative_to(merged)) for file in merged.rglob("*") if file.is_file()]
     sent = set(filter_repo_objects(files, ignore_patterns=uploaded["ignore_patterns"]))
-    hidden = {".cache/state", "__pycache__/modeling_channel_merged.cpython-311.pyc"}
+    hidden = {FILE_LIST, ".cache/state", "__pycache__/modeling_channel_merged.cpython-311.pyc"}
     assert sent == set(files) - hidden
     assert {"config.json", "README.md", "model.safetensors", "modeling_channel_merged.py", "tokenizer.json"} <= sent
+
+
+def test_one_commit_deletes_what_the_new_checkpoint_does_not_have(merged, monkeypatch):
+    """An old model.safetensors beside new shards is what Transformers would load; the history keeps the old files."""
+    old = [".gitattributes", "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
+    old += ["experts/old/tokenizer.json", "pytorch_model.bin", "README.md"]
+    commits = []
+
+    def create_commit(self, repo_id, operations, **arguments):
+        commits.append(list(operations))
+        return SimpleNamespace(oid=COMMIT)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **arguments: Address("https://huggingface.co/x"))
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **arguments: list(old))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    push_checkpoint(merged, "somebody/merged")
+    (operations,) = commits
+    deleted = {part.path_in_repo for part in operations if isinstance(part, CommitOperationDelete)}
+    added = {part.path_in_repo for part in operations if isinstance(part, CommitOperationAdd)}
+    assert deleted == set(old) - added - {".gitattributes"}
+    assert "model-00001-of-00002.safetensors" in deleted and "model.safetensors" in added
+    assert FILE_LIST not in added
+
+
+@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
+@pytest.mark.parametrize("error", [OSError("connection lost"), KeyboardInterrupt()], ids=["network", "ctrl-c"])
+def test_a_push_that_fails_changes_nothing_here(hub, merged, monkeypatch, call, error):
+    """And given again it makes the same calls."""
+    before = {file: file.read_bytes() for file in merged.rglob("*") if file.is_file()}
+
+    def fail(self, *args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, call, fail)
+        with pytest.raises(type(error)):
+            push_checkpoint(merged, "somebody/merged")
+    assert {file: file.read_bytes() for file in merged.rglob("*") if file.is_file()} == before
+    hub.clear()
+    assert push_checkpoint(merged, "somebody/merged").revision == COMMIT
+    assert [name for name, _ in hub] == ["create_repo", "upload_folder"]
 
 
 def remove_code(folder):

@@ -124,3 +124,10 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, text):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="missing.yaml"):
         load_recipe(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("names", [("Math", "math"), ("math", "code", "CODE")])
+def test_names_that_differ_only_in_case_are_refused(names):
+    """Their files would be the same where the file system does not know case."""
+    with pytest.raises(ValueError, match="differ only in case"):
+        recipe(experts=[{"name": name, "model": "m"} for name in names])

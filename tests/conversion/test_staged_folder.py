@@ -143,7 +143,8 @@ def test_what_a_stopped_run_left_counts_as_free(tmp_path):
     (left / "written").write_bytes(bytes(50_000))
     with (left / "prepared").open("wb") as stream:
         stream.truncate(10**9)
-    assert 50_000 <= leftover_bytes(tmp_path / "model") < 60_000
+    assert 50_000 <= leftover_bytes(tmp_path / "model") == leftover_bytes(tmp_path / "model", ONE) < 60_000
+    assert leftover_bytes(tmp_path / "model", TWO) == 0
     assert leftover_bytes(tmp_path / "other") == 0
 
 

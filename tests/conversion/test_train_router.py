@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
+from conversion import train_router
 from conversion.generate import load_tokenizer
 from conversion.report import format_bytes
 from conversion.router_metrics import calibration, fit_temperature, probabilities
@@ -247,17 +247,34 @@ def test_held_out_queries_are_named(train, tmp_path, router_rows, write_jsonl, c
     assert "3 of 9 training queries are held out to evaluate and not trained on: instruct 1 of 3" in caplog.text
 
 
-def test_resumed_training_equals_uninterrupted(train, router_of, tmp_path):
+def stop_at_step(monkeypatch, step):
+    """Let training be interrupted when it comes to a step."""
+    training_step, calls = Trainer.training_step, []
+
+    def stop(self, *args, **kwargs):
+        calls.append(None)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return training_step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", stop)
+
+
+def test_resumed_training_equals_uninterrupted(train, router_of, tmp_path, monkeypatch):
     """`--resume-from-checkpoint true` goes on from the last checkpoint, which holds the router alone."""
     saving = ("--save-strategy", "steps", "--save-steps", "25")
     train(*saving, out="whole")
     saved = load_file(tmp_path / "whole" / "checkpoint-50" / "model.safetensors")
     assert saved.keys() == router_of("whole").keys()
-    train(*saving, out="parts")
-    for number in (50, 60):  # as if it had been killed at step 49
-        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{number}")
-    (tmp_path / "parts" / "config.json").unlink()
+    stop_at_step(monkeypatch, 60)
+    with pytest.raises(KeyboardInterrupt):
+        train(*saving, out="parts")
+    assert not (tmp_path / "parts").exists()
+    (kept,) = tmp_path.glob(".parts.partial-*")
+    (kept / "checkpoint-55").mkdir()  # as if it had been killed while it saved that
+    monkeypatch.undo()
     train(*saving, "--resume-from-checkpoint", "true", out="parts")
+    assert not list(tmp_path.glob(".parts.*"))
     first, second = router_of("whole"), router_of("parts")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -373,8 +390,46 @@ def test_experts_without_queries_and_shared_queries_are_warned_of(train, tmp_pat
 def test_output_with_a_model_is_kept(stored, train, tmp_path):
     """A model in the output folder is replaced only when asked for, the trained checkpoint itself never."""
     train("--max-steps", "1")
-    with pytest.raises(ValueError, match="routed holds a model"):
+    with pytest.raises(ValueError, match="routed is not empty"):
         train("--max-steps", "1")
     train("--max-steps", "1", "--overwrite")
-    with pytest.raises(ValueError, match="is the checkpoint that is trained"):
+    with pytest.raises(ValueError, match="does not say what was written there"):
         train("--overwrite", out=stored.folder.name)
+
+
+def test_a_failure_changes_nothing(stored, train, tmp_path, monkeypatch):
+    """Neither a folder that is not there yet, nor an old model that is to be replaced."""
+    monkeypatch.setattr(train_router, "plot_confusion", fail)
+    with pytest.raises(OSError, match="no more"):
+        train("--max-steps", "1")
+    assert not list(tmp_path.glob("*routed*"))
+    monkeypatch.undo()
+    train("--max-steps", "1")
+    before = {file: file.read_bytes() for file in (tmp_path / "routed").rglob("*") if file.is_file()}
+    monkeypatch.setattr(train_router, "plot_confusion", fail)
+    with pytest.raises(OSError, match="no more"):
+        train("--max-steps", "2", "--overwrite")
+    assert {file: file.read_bytes() for file in (tmp_path / "routed").rglob("*") if file.is_file()} == before
+    assert not list(tmp_path.glob(".routed*"))
+
+
+def fail(*args):
+    raise OSError("no more")
+
+
+def test_a_checkpoint_that_changes_during_training_is_not_mixed(stored, train, tmp_path, monkeypatch):
+    plot = train_router.plot_confusion
+
+    def change(*args):
+        os.utime(stored.folder / "model.safetensors")
+        return plot(*args)
+
+    monkeypatch.setattr(train_router, "plot_confusion", change)
+    with pytest.raises(ValueError, match="merged/model.safetensors was changed while it was read"):
+        train("--max-steps", "1")
+    assert not (tmp_path / "routed").exists()
+
+
+def test_nothing_to_go_on_from_is_said(train):
+    with pytest.raises(ValueError, match="there is no checkpoint-\\* of the same training to go on from"):
+        train("--resume-from-checkpoint", "true")

@@ -755,6 +755,17 @@ def test_an_expert_must_not_be_called_as_a_template_of_the_base(llama):
         make_plan(experts.recipe())
 
 
+@pytest.mark.parametrize(("first", "second"), [("math-pro", "math"), ("math", "math-pro"), ("Math-PRO", "math")])
+def test_two_templates_never_share_a_file(llama, tmp_path, first, second):
+    """The template "pro" of an expert "math" would be the file of an expert "math-pro"."""
+    folder = tmp_path / "pro"
+    model_of_size("llama", BASE_SIZE, 7).save_pretrained(folder)
+    extended(template={"default": "D", "pro": "P"}).save_pretrained(folder)
+    folders = {name: folder if name == "math" else llama.folders["chat"] for name in (first, second)}
+    with pytest.raises(ValueError, match="its chat template would be '[Mm]ath-(pro|PRO)', and '.*' is there already"):
+        make_plan(Experts(llama.base, folders).recipe())
+
+
 # End of sequence
 
 
