@@ -270,6 +270,7 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
       --eval-data E...         the same; default: a tenth of the training data
       --output-dir OUT         folder of the trained checkpoint   [required]
       --overwrite              replace a model in the output folder
+      --resume-from-checkpoint true   go on where a stopped run was that had saved checkpoints (--save-strategy steps)
       --style-queries N        generated queries to add for each expert named instruct, math, code or chinese, at most
                                three times its own; 0: none [default: 1000]
       --augment false          train on the queries as they are, without a variant of each `text`

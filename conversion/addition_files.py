@@ -68,6 +68,7 @@ def addition_record(addition: Addition, modules: Mapping[str, ModuleAddition]) -
         **addition.source.record(),
         "name": addition.name,
         "replaces": addition.replaces,
+        **({"checkpoint": merged.record()} if (merged := addition.merged.source).revision else {}),
         **({"adapted_expert": addition.adapted} if addition.adapted is not None else {}),
         **({"base_model": addition.base.record()} if addition.base is not None else {}),
         "tolerance": addition.tolerance,

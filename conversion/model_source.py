@@ -37,7 +37,7 @@ SMALL_FILES = (
 )
 
 # Files beside the weights that a result depends on.
-HASHED_FILES = (
+READ_FILES = (
     "config.json",
     "generation_config.json",
     ADAPTER_CONFIG,
@@ -48,7 +48,8 @@ HASHED_FILES = (
 )
 
 
-Identity = str | list[int]  # a small file's hash, or size, times of change and inode of one with weights
+Identity = str | list[int]  # a small file's hash; size, times of change and inode of a large one, or of weights
+HASHED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -132,17 +133,17 @@ def input_files(folder: Path) -> dict[str, Identity]:
     weights = []
     with contextlib.suppress(ValueError):  # there are none, or not yet
         weights = weight_files(folder, ADAPTER_FORMATS if is_adapter else MODEL_FORMATS)
-    identities: dict[str, Identity] = {}
-    for file in (folder / name for name in weights):
-        if file.is_file():
-            stat = file.stat()
-            # A copy may keep size and time of modification; nobody can set the time of the inode's change.
-            identities[file.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    for pattern in HASHED_FILES:
-        for file in folder.glob(pattern):
-            if file.is_file():
-                identities[file.relative_to(folder).as_posix()] = file_hash(file)
-    return identities
+    small = {file.relative_to(folder).as_posix() for pattern in READ_FILES for file in folder.glob(pattern)}
+    names = sorted(name for name in {*weights, *small} if (folder / name).is_file())
+    return {name: _identity(folder / name, name in weights) for name in names}
+
+
+def _identity(file: Path, has_weights: bool) -> Identity:
+    stat = file.stat()
+    if not has_weights and stat.st_size <= HASHED_BYTES:
+        return file_hash(file)
+    # A copy may keep size and time of modification; nobody can set the time of the inode's change.
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def check_unchanged(sources: Iterable[Source]) -> None:

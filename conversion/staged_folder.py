@@ -125,11 +125,10 @@ class StagedFolder:
         (self.path / FILE_LIST).write_text(text + "\n", encoding="utf-8")
         for file in (*files, Path(FILE_LIST)):
             _sync(self.path / file)
-        if self.path.parent == self.target:
+        if _is_a_folder_of_its_own(self.target):
             self._move_in()
         else:
             self._rename()
-        self._complete = True
         for path in self._others:
             logger.info("%s is there: removing what another run had finished, %s", self.target, path)
             shutil.rmtree(path, ignore_errors=True)
@@ -150,6 +149,7 @@ class StagedFolder:
             with _lock(self.target, self.target):
                 self._move_in()
             return
+        self._complete = True
         _sync(self.target.parent)
         shutil.rmtree(self.target / JOURNAL_FOLDER, ignore_errors=True)
         if replaced is not None:

@@ -354,6 +354,7 @@ def train_router(
     router["temperature"] = useful_temperature(prediction.predictions, prediction.label_ids)
     metrics = evaluate_router(prediction.predictions, prediction.label_ids, sources, config.expert_names, router)
     metrics["training"] = {"queries": train_queries, **training_record(args), "seed": training_args.seed}
+    metrics["training"] |= {"revision": source.revision} if source.revision else {}
     trainer.accelerator.wait_for_everyone()  # to have written what they save
     if staged:
         config_text = save_checkpoint(model, folder, staged.path, metrics)

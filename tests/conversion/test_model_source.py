@@ -1,6 +1,7 @@
 """Models of a recipe are folders or Hub repositories; of a repository only what is needed is fetched, also offline."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 import conversion.model_source
+from conversion.add_expert import add_expert
 from conversion.convert import convert
 from conversion.export import export_expert
-from conversion.model_source import find_source, with_weights
+from conversion.model_source import check_unchanged, find_source, input_files, with_weights
 from conversion.plan import make_plan
 from conversion.recipe import parse_recipe
 
@@ -176,3 +178,43 @@ def test_a_model_that_is_not_cached_gives_one_line_offline(make_experts, write_r
     with pytest.raises(ValueError, match=f"e0: there is no folder {model} and the Hub did not give it: ") as error:
         make_plan(parse_recipe(write_recipe(base, [model, base])))
     assert "\n" not in str(error.value)
+
+
+def test_a_branch_is_resolved_once(stored, monkeypatch, tmp_path):
+    """Whatever is pushed meanwhile, config, weights and tokenizer are of one commit, which is written down."""
+    export_expert(stored.folder, "math", tmp_path / "plain")
+    resolved = []
+
+    def fetch(repo, revision, allow_patterns):
+        if revision is None:
+            resolved.append(f"{len(resolved):040x}")
+            shutil.copytree(stored.folder, tmp_path / resolved[-1])
+        return str(tmp_path / (revision or resolved[-1]))
+
+    monkeypatch.setattr(conversion.model_source, "snapshot_download", fetch)
+    add_expert("user/merged", tmp_path / "plain", tmp_path / "out", "new", progress=False)
+    assert resolved == [f"{0:040x}"]
+    (record,) = json.loads((tmp_path / "out" / "config.json").read_text())["merge"]["added_experts"]
+    assert record["checkpoint"] == {"name": "checkpoint", "model": "user/merged", "revision": resolved[0]}
+
+
+def test_a_files_identity(stored):
+    """Weights by size, times and inode; small files by their bytes, a model card and a system's files not at all."""
+    before = input_files(stored.folder)
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= before.keys()
+    for name in ("README.md", ".DS_Store", "conversion_report.json"):
+        (stored.folder / name).write_text("new")
+    os.utime(stored.folder / "config.json")
+    assert input_files(stored.folder) == before
+    weights = stored.folder / "model.safetensors"
+    stat = weights.stat()
+    shutil.copy(weights, stored.folder / "copy")
+    os.replace(stored.folder / "copy", weights)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = input_files(stored.folder)
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+    source = find_source("math", str(stored.folder), Path())
+    check_unchanged([source])
+    weights.unlink()
+    with pytest.raises(ValueError, match="math: .*model.safetensors was changed while it was read"):
+        check_unchanged([source])
