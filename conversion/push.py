@@ -5,18 +5,23 @@ does not have: an old model.safetensors beside new shards is what Transformers w
 pushed: config, tensor headers and channel indices are checked first, and so are the metadata of the model card.
 """
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from conversion.merged_checkpoint import MergedCheckpoint
 from conversion.model_files import CARD_FILE
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP
 
+logger = logging.getLogger(__name__)
+
+GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own: which files are large
 IGNORED_FILES = ["*.py[co]", "**/__pycache__/**", ".*", "**/.*"]
 
 
@@ -49,17 +54,28 @@ def push_checkpoint(
     api = HfApi()
     try:
         url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=url.repo_id,
-            folder_path=folder,
-            repo_type="model",
+        # Not upload_folder: it may make several commits, and between them the repository would mix two checkpoints.
+        commit = api.create_commit(
+            url.repo_id,
+            commit_operations(folder, api.list_repo_files(url.repo_id)),
             commit_message=message or "Upload a channel-merged model",
-            ignore_patterns=IGNORED_FILES,
-            delete_patterns="*",
         )
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub refused {repo_id}: {_one_line(error)}") from None
     return Pushed(str(url), commit.oid)
+
+
+def commit_operations(folder: Path, there: Iterable[str]) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What makes a repository that has the files `there` hold what a folder holds."""
+    files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    files = list(filter_repo_objects(files, ignore_patterns=IGNORED_FILES))
+    gone = sorted({*there} - {*files, GIT_ATTRIBUTES})
+    if gone:
+        logger.info("what the checkpoint does not have is deleted from the repository: %s", ", ".join(gone))
+    return [
+        *(CommitOperationDelete(name) for name in gone),
+        *(CommitOperationAdd(name, folder / name) for name in files),
+    ]
 
 
 def check_checkpoint(folder: Path) -> None:

@@ -1,11 +1,11 @@
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from conversion.__main__ import main
@@ -30,13 +30,19 @@ def hub(monkeypatch):
         calls.append(("create_repo", {"repo_id": repo_id, **arguments}))
         return Address("https://huggingface.co/somebody/merged")
 
-    def upload_folder(self, **arguments):
-        calls.append(("upload_folder", arguments))
+    def create_commit(self, repo_id, operations, **arguments):
+        calls.append(("create_commit", {"repo_id": repo_id, "operations": list(operations), **arguments}))
         return SimpleNamespace(oid=COMMIT)
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: [".gitattributes"])
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
     return calls
+
+
+def names(operations, kind) -> set[str]:
+    """What a commit adds or deletes."""
+    return {part.path_in_repo for part in operations if isinstance(part, kind)}
 
 
 @pytest.fixture
@@ -48,46 +54,45 @@ def merged(make_experts, write_recipe, tmp_path):
 
 def test_a_checkpoint_is_created_and_uploaded(hub, merged):
     """In this order, into the repository that the Hub named; every file goes that loading needs."""
-    pushed = push_checkpoint(merged, "merged", private=True, message="First")
-    assert [name for name, _ in hub] == ["create_repo", "upload_folder"]
-    created, uploaded = (arguments for _, arguments in hub)
-    assert created == {"repo_id": "merged", "private": True, "repo_type": "model", "exist_ok": True}
-    assert uploaded["repo_id"] == "somebody/merged" and uploaded["commit_message"] == "First"
-    assert (pushed.url, pushed.revision) == ("https://huggingface.co/somebody/merged", COMMIT)
     (merged / "__pycache__").mkdir()
     (merged / "__pycache__" / "modeling_channel_merged.cpython-311.pyc").write_text("")
     (merged / ".cache").mkdir()
     (merged / ".cache" / "state").write_text("")
-    files = [str(file.relative_to(merged)) for file in merged.rglob("*") if file.is_file()]
-    sent = set(filter_repo_objects(files, ignore_patterns=uploaded["ignore_patterns"]))
+    pushed = push_checkpoint(merged, "merged", private=True, message="First")
+    assert [name for name, _ in hub] == ["create_repo", "create_commit"]
+    created, committed = (arguments for _, arguments in hub)
+    assert created == {"repo_id": "merged", "private": True, "repo_type": "model", "exist_ok": True}
+    assert committed["repo_id"] == "somebody/merged" and committed["commit_message"] == "First"
+    assert (pushed.url, pushed.revision) == ("https://huggingface.co/somebody/merged", COMMIT)
+    files = {str(file.relative_to(merged)) for file in merged.rglob("*") if file.is_file()}
+    sent = names(committed["operations"], CommitOperationAdd)
     hidden = {FILE_LIST, ".cache/state", "__pycache__/modeling_channel_merged.cpython-311.pyc"}
-    assert sent == set(files) - hidden
+    assert sent == files - hidden
     assert {"config.json", "README.md", "model.safetensors", "modeling_channel_merged.py", "tokenizer.json"} <= sent
+    for part in committed["operations"]:
+        assert (merged / part.path_in_repo).read_bytes() == Path(part.path_or_fileobj).read_bytes()
 
 
-def test_one_commit_deletes_what_the_new_checkpoint_does_not_have(merged, monkeypatch):
+def test_one_commit_deletes_what_the_new_checkpoint_does_not_have(hub, merged, monkeypatch, caplog):
     """An old model.safetensors beside new shards is what Transformers would load; the history keeps the old files."""
     old = [".gitattributes", "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
     old += ["experts/old/tokenizer.json", "pytorch_model.bin", "README.md"]
-    commits = []
-
-    def create_commit(self, repo_id, operations, **arguments):
-        commits.append(list(operations))
-        return SimpleNamespace(oid=COMMIT)
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **arguments: Address("https://huggingface.co/x"))
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id, **arguments: list(old))
-    monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    push_checkpoint(merged, "somebody/merged")
-    (operations,) = commits
-    deleted = {part.path_in_repo for part in operations if isinstance(part, CommitOperationDelete)}
-    added = {part.path_in_repo for part in operations if isinstance(part, CommitOperationAdd)}
-    assert deleted == set(old) - added - {".gitattributes"}
-    assert "model-00001-of-00002.safetensors" in deleted and "model.safetensors" in added
-    assert FILE_LIST not in added
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: list(old))
+    with caplog.at_level("INFO", logger="conversion"):
+        push_checkpoint(merged, "somebody/merged")
+    _, (_, committed) = hub
+    deleted = names(committed["operations"], CommitOperationDelete)
+    assert deleted == {
+        "experts/old/tokenizer.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+    }
+    assert all(name in caplog.text for name in deleted)
+    assert not deleted & names(committed["operations"], CommitOperationAdd)
 
 
-@pytest.mark.parametrize("call", ["create_repo", "upload_folder"])
+@pytest.mark.parametrize("call", ["create_repo", "list_repo_files", "create_commit"])
 @pytest.mark.parametrize("error", [OSError("connection lost"), KeyboardInterrupt()], ids=["network", "ctrl-c"])
 def test_a_push_that_fails_changes_nothing_here(hub, merged, monkeypatch, call, error):
     """And given again it makes the same calls."""
@@ -103,7 +108,7 @@ def test_a_push_that_fails_changes_nothing_here(hub, merged, monkeypatch, call, 
     assert {file: file.read_bytes() for file in merged.rglob("*") if file.is_file()} == before
     hub.clear()
     assert push_checkpoint(merged, "somebody/merged").revision == COMMIT
-    assert [name for name, _ in hub] == ["create_repo", "upload_folder"]
+    assert [name for name, _ in hub] == ["create_repo", "create_commit"]
 
 
 def remove_code(folder):
