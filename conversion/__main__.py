@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 DEBUG_VARIABLE = "CHANNEL_MERGE_DEBUG"
+MAX_ERROR = 1000  # characters: a file may hold values of any length
 
 app = typer.Typer(
     name="channel-merge",
@@ -36,6 +37,8 @@ def options(
 ):
     if debug:
         os.environ[DEBUG_VARIABLE] = "1"
+    else:
+        os.environ.pop(DEBUG_VARIABLE, None)  # also one that says no, such as 0
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("conversion").setLevel(logging.INFO)
 
@@ -313,7 +316,8 @@ def error_line(error: Exception) -> str:
         message = ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     else:
         message = str(error) or type(error).__name__
-    return " ".join(message.split())
+    # Half a surrogate pair, of a file or of the command line's bytes, has no UTF-8.
+    return " ".join(message.encode("utf-8", "backslashreplace").decode("utf-8").split())[:MAX_ERROR]
 
 
 def main(arguments: list[str] | None = None):

@@ -3,7 +3,6 @@
 What the conversion wrote of the other experts stays.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from conversion.addition_plan import Addition
 from conversion.addition_rows import ModuleAddition
 from conversion.delta_errors import norm, relative_error
+from conversion.foreign_files import read_json
 from conversion.hub_folder import copy_tokenizer, package_versions, write_chat_templates, write_code
 from conversion.merged_checkpoint import MergedCheckpoint
 from conversion.model_card import card_records, read_card, write_card
@@ -25,6 +25,7 @@ from conversion.model_files import (
     REPORT_FILE,
     TEMPLATE_FOLDER,
     copy_files,
+    read_config_file,
     write_json,
 )
 from modeling_channel_merged import ChannelMergedConfig
@@ -137,8 +138,7 @@ def all_tokens(ends: Mapping[str, list[int]]) -> list[int]:
 
 
 def generation_values(folder: Path) -> dict[str, Any]:
-    file = folder / GENERATION_CONFIG
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_config_file(folder / GENERATION_CONFIG)
 
 
 def write_files(
@@ -158,7 +158,7 @@ def write_files(
         values = {**generation_values(folder), "eos_token_id": config.eos_token_id}
         write_json(folder / GENERATION_CONFIG, values)
     if (old / REPORT_FILE).exists():
-        report = json.loads((old / REPORT_FILE).read_text(encoding="utf-8"))
+        report = read_json(old / REPORT_FILE)
         write_json(folder / REPORT_FILE, extended_report(report, addition, modules, config))
         write_card(folder)
 

@@ -5,17 +5,20 @@ A checkpoint, safetensors or PyTorch's older `.bin`, is known by its tables of c
 calls it, with memory bounded by the chunk.
 """
 
-import json
 import math
 import re
+import reprlib
 import threading
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+
+from conversion.foreign_files import check_ordinary, parse_json, read_json
+from modeling_channel_merged.stored_tensors import check_shard_names
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ ADAPTER_FORMATS = (WeightFormat("adapter_model.safetensors"), WeightFormat("adap
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER_BYTES = 100_000_000  # as safetensors itself reads
 
 # Tables that a module computes for itself and that older versions of Transformers saved beside the parameters.
 COMPUTED_TABLES = (
@@ -213,29 +218,46 @@ class ExpertReader:
 
 
 def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
+    check_ordinary(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_size = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= header_size <= size - 8:
             raise ValueError(f"{file} is not a whole safetensors file: its header does not fit its {size} bytes")
-        try:
-            header = json.loads(stream.read(header_size))
-            header.pop("__metadata__", None)
-            tensors = {}
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                tensors[name] = StoredTensor(
-                    file, entry["dtype"], tuple(entry["shape"]), 8 + header_size + begin, end - begin
-                )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{file} is not a safetensors file: its header cannot be read") from None
-    end_of_data = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=8 + header_size)
+        if header_size > MAX_HEADER_BYTES:
+            raise ValueError(f"{file}: its header has {header_size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        text = stream.read(header_size)
+    header = parse_json(text, f"{file} is not a safetensors file: its header")
+    header.pop("__metadata__", None)
+    begin = 8 + header_size
+    tensors = {name: _stored_tensor(file, name, entry, begin) for name, entry in header.items()}
+    end_of_data = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=begin)
     if end_of_data != size:
         raise ValueError(f"{file} is cut short or damaged: it has {size} bytes, its header describes {end_of_data}")
-    for name, tensor in tensors.items():
+    place = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.offset != place:
+            raise ValueError(
+                f"{file} is damaged: the data of {name} begin at byte {tensor.offset - begin}, "
+                f"expected {place - begin}, where those before it end"
+            )
+        place += tensor.num_bytes
         if tensor.dtype_name in DTYPES and tensor.numel * tensor.dtype.itemsize != tensor.num_bytes:
             raise ValueError(f"{file} is damaged: {name} of shape {list(tensor.shape)} has {tensor.num_bytes} bytes")
     return tensors
+
+
+def _stored_tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    """One entry of a safetensors header; `data` is the first byte behind the header."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype_name, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    numbers = [shape, offsets] if isinstance(shape, list) and isinstance(offsets, list) else [[None]]
+    whole = all(type(number) is int and 0 <= number < 1 << 63 for part in numbers for number in part)
+    if not (isinstance(dtype_name, str) and whole and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise ValueError(
+            f"{file}: its header has {reprlib.repr(entry)} for {name}, expected dtype, shape and data_offsets of it"
+        )
+    return StoredTensor(file, dtype_name, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
 
 
 def _read_pickled_header(file: Path) -> dict[str, StoredTensor]:
@@ -291,10 +313,9 @@ def _load_without_data(file: Path) -> dict:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{index} cannot be read: expected JSON with a weight_map") from None
+    weight_map = read_json(index).get("weight_map")
+    check_shard_names(weight_map, str(index))
+    return weight_map
 
 
 def _other_format(folder: Path) -> str:

@@ -16,7 +16,8 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedTokenizerBase
 
-from conversion.merged_checkpoint import read_config, resolve_folder
+from conversion.foreign_files import foreign, read_text
+from conversion.merged_checkpoint import whole_checkpoint
 from conversion.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
 from conversion.vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -72,7 +73,8 @@ class ExpertTokenizer:
         self._own: PreTrainedTokenizerBase | None = None
         own, channels = folder / EXPERT_FOLDER / name, config.vocabulary_channels(name)
         if channels is not None and (own / TOKENIZER_CONFIG).exists():
-            self._own = read_tokenizer(own)
+            with foreign(f"the tokenizer of {own}"):
+                self._own = read_tokenizer(own)
             self._channels = channels
             self._own_ids = {channel: number for number, channel in enumerate(channels)}
 
@@ -137,14 +139,15 @@ def answer_prompts(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     device = find_device(device)
-    folder = resolve_folder(checkpoint)
-    config = read_config(folder)
+    source, config = whole_checkpoint(checkpoint)
+    folder = source.folder
     if expert is not None:
         config.expert_id(expert)
     tokenizer = load_tokenizer(folder)
     chat = uses_chat_template(tokenizer, prompts, chat)
     queries = prompts if expert is not None else router_queries(prompts, config)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    with foreign(str(folder)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     experts, probabilities, fallbacks = ([value] * len(prompts) for value in (expert, None, None))
     if expert is None:
         inputs = encode_prompts(tokenizer, queries, chat).to(device)
@@ -215,7 +218,7 @@ def read_conversations(file: Path) -> list[Prompt]:
         ValueError: a line is something else.
     """
     conversations = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -223,11 +226,11 @@ def read_conversations(file: Path) -> list[Prompt]:
             whole = all(
                 isinstance(message["role"], str) and isinstance(message["content"], str) for message in messages
             )
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
         if not whole or not messages:
             expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
-            raise ValueError(f"{file}, line {number}: expected {expected}, got {line[:80]}")
+            raise ValueError(f"{file}, line {number}: expected {expected}, got {line.strip()[:80]}")
         conversations.append(messages)
     return conversations
 
@@ -255,7 +258,8 @@ def find_device(device: str | None) -> torch.device:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, with a padding token (the end-of-text token if it has none of its own)."""
-    tokenizer = read_tokenizer(folder)
+    with foreign(f"the tokenizer of {folder}"):
+        tokenizer = read_tokenizer(folder)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {folder} has neither a padding nor an end-of-text token")

@@ -17,10 +17,10 @@ A matrix product's last bits differ with its number of rows and of threads. Prod
 Shapes: O channels, I inputs, r rank, C rows of a chunk.
 """
 
-import json
 import logging
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +38,7 @@ from conversion.expert_reader import (
     match_names,
     read_headers,
 )
+from conversion.foreign_files import foreign, read_json
 from conversion.model_source import ADAPTER_CONFIG, Source
 from conversion.tensor_names import by_parameter_name
 from modeling_channel_merged.channel_merged_layers import ModuleMap
@@ -130,13 +131,13 @@ def read_adapter_config(source: Source) -> AdapterConfig:
     Raises:
         ValueError: it cannot be read, is no LoRA, or has a setting that is not supported; by name.
     """
-    try:
-        values = json.loads((source.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        kind = str(values["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{source.name}: {ADAPTER_CONFIG} of {source.model} cannot be read") from None
+    with foreign(f"{source.name}: {ADAPTER_CONFIG} of {source.model} cannot be read"):
+        values = read_json(source.folder / ADAPTER_CONFIG)
+    kind = values.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{source.name}: {source.model} is a PEFT adapter of type {kind}, only LORA can be merged")
+        raise ValueError(
+            f"{source.name}: {source.model} is a PEFT adapter of type {str(kind)[:80]}, only LORA can be merged"
+        )
     for key, value in sorted(values.items()):
         if key not in KNOWN_SETTINGS and value:
             raise ValueError(f"{source.name}: {source.model} sets {key} to {value!r}, which is not supported")
@@ -146,6 +147,12 @@ def read_adapter_config(source: Source) -> AdapterConfig:
             f"{source.name}: {source.model} was trained with init_lora_weights {initialisation!r}, which changes the "
             "base's weights: save it as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
+    for key in ("base_model_name_or_path", MERGED_EXPERT):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(
+                f"{source.name}: {ADAPTER_CONFIG} of {source.model}: {key} is {reprlib.repr(values[key])}, "
+                "expected a name"
+            )
     try:
         ranks = {key: int(rank) for key, rank in (values.get("rank_pattern") or {}).items()}
         alphas = {key: float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()}
@@ -166,7 +173,8 @@ def read_adapter_config(source: Source) -> AdapterConfig:
             merged_expert=values.get(MERGED_EXPERT),
         )
     except (KeyError, TypeError, ValueError, AttributeError, re.error):
-        shown = ", ".join(f"{key} {values.get(key)!r}" for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"))
+        keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+        shown = ", ".join(f"{key} {reprlib.repr(values.get(key))}" for key in keys)
         raise ValueError(
             f"{source.name}: {ADAPTER_CONFIG} of {source.model} must have numbers r (at least 1) and lora_alpha, "
             f"and patterns with numbers, got {shown}"

@@ -3,17 +3,19 @@
 Shapes: N experts, O channels, I inputs, R rows.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from conversion.expert_reader import ExpertReader, read_headers
+from conversion.expert_reader import FLOAT_DTYPES, ExpertReader, read_headers
+from conversion.foreign_files import foreign, read_model_config
 from conversion.model_files import check_file_name, drop_code_references
 from conversion.model_source import Source, find_source, with_weights
 from conversion.plan import base_architecture
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP, FORMAT_VERSION, ChannelMergedConfig
+from modeling_channel_merged.expert_router import ExpertRouter
+from modeling_channel_merged.stored_tensors import check_index_values, may_miss_tokens
 
 ROUTER_TENSORS = ("router.head.weight", "router.head.bias")
 NGRAM_TENSOR = "router.ngrams.weight"
@@ -22,19 +24,17 @@ NGRAM_TENSOR = "router.ngrams.weight"
 def read_config(folder: Path) -> ChannelMergedConfig:
     """The config of a channel-merged checkpoint; ValueError where the folder holds something else."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+    config = read_model_config(file)
     model_type, version = config.get("model_type"), config.get("format_version")
     if model_type != ChannelMergedConfig.model_type:
         raise ValueError(
             f"{folder} is not a channel-merged checkpoint: its model_type is {model_type!r}, "
             f"expected {ChannelMergedConfig.model_type!r}"
         )
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"{file}: format_version is {version!r}, expected 1 to {FORMAT_VERSION}")
-    config = ChannelMergedConfig.from_pretrained(folder)
+    with foreign(str(file)):
+        config = ChannelMergedConfig.from_pretrained(folder)
     for name in config.expert_names:
         check_file_name(name, f"{file}: expert name")
     drop_code_references(config.text_config)
@@ -51,9 +51,11 @@ def find_checkpoint(checkpoint: str | Path) -> Source:
     return with_weights(source)
 
 
-def resolve_folder(checkpoint: str | Path) -> Path:
-    """The folder of a checkpoint given as `find_checkpoint` takes it."""
-    return find_checkpoint(checkpoint).folder
+def whole_checkpoint(checkpoint: str | Path) -> tuple[Source, ChannelMergedConfig]:
+    """A checkpoint, a folder or a Hub id, whose headers and channel indices were all checked, and its config."""
+    with MergedCheckpoint(checkpoint) as merged:
+        merged.check_channel_indices()
+        return merged.source, merged.config
 
 
 class MergedCheckpoint:
@@ -69,12 +71,14 @@ class MergedCheckpoint:
         self.source = checkpoint if isinstance(checkpoint, Source) else find_checkpoint(checkpoint)
         self.folder = self.source.folder
         self.config = read_config(self.folder)
-        self.base_model, self.modules = base_architecture(self.config.text_config)
+        with foreign(f"{self.folder / 'config.json'}"):
+            self.base_model, self.modules = base_architecture(self.config.text_config)
         self.tensors = read_headers(self.folder)
         self.reader = ExpertReader(str(self.folder), self.tensors)
         self._check_names()
         for path in self.modules.channel:
             self._check_rows(path)
+        self._check_copies()
 
     def __enter__(self) -> "MergedCheckpoint":
         return self
@@ -116,13 +120,11 @@ class MergedCheckpoint:
             ValueError: an entry names no stored row.
         """
         index = self.reader.read(f"model.{path}.channel_index")
-        lowest, highest = -1 if self.modules.channel[path].kind == "linear" else 0, self.num_rows(path) - 1
-        for row in (int(index.min()), int(index.max())):
-            if not lowest <= row <= highest:
-                raise ValueError(
-                    f"{self.folder}: the channel_index of {path} names row {row}, but its rows are 0 to {highest}; "
-                    "the checkpoint is damaged"
-                )
+        is_head = self._module(path) is self.base_model.get_output_embeddings()
+        try:
+            check_index_values(path, index, self.num_rows(path), may_miss_tokens(self.config) if is_head else None)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}: {error}") from None
         return index
 
     def has_token(self, expert: int) -> torch.Tensor:
@@ -158,18 +160,37 @@ class MergedCheckpoint:
         module = self.modules.channel[path]
         num_rows = self.config.rows.get(module.tied_to or path, module.out_features)
         expected = {
-            self.rows_name(path): ((num_rows, module.in_features), None),
-            f"model.{path}.channel_index": ((self.config.num_experts, module.out_features), torch.int32),
+            self.rows_name(path): ((num_rows, module.in_features), FLOAT_DTYPES),
+            f"model.{path}.channel_index": ((self.config.num_experts, module.out_features), ("I32",)),
         }
         if module.bias:
-            expected[f"model.{path}.rows.bias"] = ((num_rows,), None)
-        for name, (shape, dtype) in expected.items():
-            stored = self.tensors[name]
-            if stored.shape != shape or (dtype and stored.dtype != dtype):
-                raise ValueError(
-                    f"{self.folder}: {name} is {stored.dtype_name} {list(stored.shape)}, expected {list(shape)}"
-                    f"{' I32' if dtype else ''} for {path} by config.json"
-                )
+            expected[f"model.{path}.rows.bias"] = ((num_rows,), FLOAT_DTYPES)
+        for name, (shape, dtypes) in expected.items():
+            self._check_tensor(name, shape, dtypes)
+
+    def _check_copies(self) -> None:
+        """The experts' copies of what has no channels, and the router."""
+        for path, parameters in self.modules.per_expert.items():
+            for parameter in parameters:
+                shape = self.base_model.get_parameter(f"{path}.{parameter}").shape
+                for expert in range(self.config.num_experts):
+                    self._check_tensor(f"model.{path}.experts.{expert}.{parameter}", shape)
+        config = self.config
+        with torch.device("meta"):
+            router = ExpertRouter(config.hidden_size, config.num_experts, "mean", config.router["features"], 1)
+        shapes = {f"router.{name}": tensor.shape for name, tensor in router.state_dict().items()}
+        for name in self.router_names():
+            if name not in shapes:
+                raise ValueError(f"{self.folder} holds {name}, which a router of {config.router['features']} has not")
+            self._check_tensor(name, shapes[name])
+
+    def _check_tensor(self, name: str, shape: Iterable[int], dtypes: Iterable[str] = FLOAT_DTYPES) -> None:
+        stored, shape = self.tensors[name], tuple(shape)
+        if stored.shape != shape or stored.dtype_name not in dtypes:
+            raise ValueError(
+                f"{self.folder}: {name} is {stored.dtype_name} {list(stored.shape)}, expected "
+                f"{' or '.join(dtypes)} {list(shape)} by config.json"
+            )
 
 
 def _some(names: Iterable[str], limit: int = 3) -> str:

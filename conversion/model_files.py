@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from conversion.foreign_files import read_json
+
 EXPERT_FOLDER = "experts"  # of every expert: its generation config and its own tokenizer
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -97,15 +99,7 @@ def copy_file(file: Path, copy: Path) -> None:
 
 def read_config_file(file: Path) -> dict[str, Any]:
     """The values of a JSON file, empty where there is none; ValueError where it holds no JSON object."""
-    if not file.exists():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}, expected a JSON object")
-    return values
+    return read_json(file) if file.exists() else {}
 
 
 def write_json(file: Path, value: Any) -> None:

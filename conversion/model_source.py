@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from conversion.expert_reader import ADAPTER_FORMATS, MODEL_FORMATS, weight_files
+from conversion.foreign_files import check_ordinary, one_line
 from conversion.journal import file_hash
 from conversion.model_files import EXPERT_FILES, TOKENIZER_PATTERNS
 
@@ -94,6 +95,9 @@ def find_source(name: str, model: str, folder: Path) -> Source:
     local = Path(model).expanduser()
     local = local if local.is_absolute() else folder / local
     if local.is_dir():
+        for file in local.iterdir():
+            if not file.is_dir():
+                check_ordinary(file)
         source = Source(name, model, None, local, input_files(local))
         if source.is_adapter and any((local / format.single).exists() for format in MODEL_FORMATS):
             logger.warning("%s: %s holds a model and a PEFT adapter, the adapter is read", name, model)
@@ -172,7 +176,3 @@ def without_folder(place: str) -> str:
     """The name of a local file or folder without where it lies; what is none, a Hub id, as it stands."""
     path = Path(place).expanduser()
     return path.resolve().name if path.exists() else place
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

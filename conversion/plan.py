@@ -6,7 +6,6 @@ base's, and knows the sizes. Errors name the expert, the field or tensor, and bo
 
 import copy
 import inspect
-import json
 import logging
 import math
 import re
@@ -28,9 +27,10 @@ from conversion.expert_reader import (
     match_names,
     read_headers,
 )
+from conversion.foreign_files import foreign, read_model_config
 from conversion.lora_adapter import LoraReader, adapter_reader, saved_rows
 from conversion.model_files import drop_code_references
-from conversion.model_source import Source, find_source, one_line, with_weights
+from conversion.model_source import Source, find_source, with_weights
 from conversion.recipe import Recipe
 from conversion.staged_folder import check_target, leftover_bytes
 from conversion.tensor_names import by_parameter_name
@@ -46,7 +46,8 @@ BASE = "base_model"
 # Config fields that no output of the model depends on. Every other field must be the base's, also one unknown here.
 FREE_CONFIG_FIELDS = frozenset(
     """
-    _name_or_path name_or_path architectures dtype torch_dtype transformers_version model_max_length
+    _name_or_path name_or_path architectures auto_map quantization_config dtype torch_dtype transformers_version
+    model_max_length
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
     forced_bos_token_id forced_eos_token_id tokenizer_class prefix task_specific_params chunk_size_feed_forward
     use_cache output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript
@@ -163,8 +164,9 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
         compare_configs(text_config, config, expert.name)
     vocabulary = plan_vocabulary(recipe.tokenizer_source, base, text_config, experts, configs)
     text_config = with_vocabulary(text_config, vocabulary)
-    inner, modules = base_architecture(text_config)
-    check_merged_class(text_config, [expert.name for expert in experts])
+    with foreign(f"{base.name}: the config of {base.model}"):
+        inner, modules = base_architecture(text_config)
+        check_merged_class(text_config, [expert.name for expert in experts])
     shapes = parameter_shapes(inner, modules)
     base, *experts = (with_weights(source) for source in (base, *experts))
     base_shapes, *own = (own_shapes(shapes, inner, vocabulary, number) for number in range(-1, len(experts)))
@@ -196,17 +198,16 @@ def load_config(source: Source) -> PreTrainedConfig:
     """The config of one checkpoint; refuses quantized and multimodal ones."""
     if source.is_adapter:
         raise ValueError(f"{source.name}: {source.model} is a PEFT adapter, expected a whole model")
-    try:
-        values = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-        family = values.get("model_type")
+    with foreign(f"{source.name}: the config of {source.model} cannot be read"):
+        values = read_model_config(source.folder / "config.json")
+        family = values["model_type"]
         if "auto_map" in values and family not in CONFIG_MAPPING:
             raise ValueError(f"its architecture {family!r} is code of its own (auto_map), which is never run here")
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-        drop_code_references(config)
-    except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{source.name}: the config of {source.model} cannot be read: {one_line(error)}") from None
-    if "quantization_config" in values:
-        method = values["quantization_config"].get("quant_method", "unknown method")
+    drop_code_references(config)
+    if (quantization := values.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = method or "unknown method"
         raise ValueError(f"{source.name}: {source.model} is quantized ({method}), expected float weights")
     if config.get_text_config() is not config:
         raise ValueError(
@@ -219,7 +220,8 @@ def load_config(source: Source) -> PreTrainedConfig:
 
 def adapted_config(expert: Source, base_config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the model that an adapter makes of its base: the base's, with the adapter's embedding's size."""
-    inner, _ = base_architecture(base_config)
+    with foreign("the base's config"):
+        inner, _ = base_architecture(base_config)
     embedding = next(path for path, module in inner.named_modules() if module is inner.get_input_embeddings())
     size = saved_rows(expert, inner, f"{embedding}.weight")
     config = copy.deepcopy(base_config)

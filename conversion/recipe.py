@@ -7,13 +7,14 @@ its author wrote; `Recipe.resolved()` fills in the preset and the defaults of th
 import difflib
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
+from conversion.foreign_files import read_yaml
 from conversion.merge_methods import MergeMethod
 from conversion.model_files import check_file_name, same_file
 
@@ -68,7 +69,7 @@ class StrictModel(BaseModel):
         known = [field.alias or name for name, field in cls.model_fields.items()]
         for key in data:
             if key not in known and key not in cls.model_fields:
-                raise ValueError(f"unknown key {key!r}: {nearest(str(key), known)}")
+                raise ValueError(f"unknown key {reprlib.repr(key)}: {nearest(str(key), known)}")
         return data
 
 
@@ -258,11 +259,9 @@ def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe file."""
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = read_yaml(path)
     except OSError as error:
         raise ValueError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(data, path.parent, str(path))
 
 
@@ -271,5 +270,5 @@ def _describe(error: Mapping[str, Any]) -> str:
     place = "".join(f"{part}." for part in error["loc"])[:-1]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] not in ("value_error", "missing"):
-        message = f"{message}, got {error['input']!r}"
+        message = f"{message}, got {reprlib.repr(error['input'])}"
     return f"{place}: {message}" if place else message

@@ -6,7 +6,6 @@ How far each expert is from what it was is what the conversion measured and wrot
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from rich.table import Table
 
 from conversion.delta_errors import relative_error
+from conversion.foreign_files import read_json
 from conversion.merged_checkpoint import MergedCheckpoint
 from conversion.model_files import REPORT_FILE
 
@@ -160,7 +160,7 @@ def _conversion_norms(merged: MergedCheckpoint) -> dict[str, tuple[tuple[float, 
     if not file.is_file():
         return {}
     try:
-        modules = json.loads(file.read_text(encoding="utf-8")).get("modules", {})
+        modules = read_json(file).get("modules", {})
         return {
             # Of an exact expert that was added without its base at hand, the change from the base is not known.
             path: tuple(

@@ -6,16 +6,20 @@ answer it), `source` (where it is from, for the evaluation) and, later, `input_i
 
 import logging
 import random
+import reprlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import load_dataset
+from datasets.utils import logging as datasets_logging
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from conversion.foreign_files import foreign
 from conversion.generate import render
 from conversion.model_source import without_folder
 from conversion.router_augmentation import augment
@@ -43,15 +47,28 @@ def load_rows(data: str) -> list[dict[str, Any]]:
     if (file_format := FILE_FORMATS.get(Path(data).suffix)) is not None:
         if not Path(data).is_file():
             raise FileNotFoundError(f"there is no file {data}")
-        dataset, name = load_dataset(file_format, data_files=data, split="train"), Path(data).stem
+        name, arguments = Path(data).stem, {"path": file_format, "data_files": data, "split": "train"}
     else:
         name, _, split = data.partition(":")
-        dataset = load_dataset(name, split=split or "train")
+        arguments = {"path": name, "split": split or "train"}
+    with foreign(data), one_line_of_datasets():
+        dataset = load_dataset(**arguments)
     columns = dataset.column_names
     if "expert" not in columns or not {"text", "messages"} & set(columns):
         raise ValueError(f"{data} has the columns {columns}, expected 'expert', and 'text' or 'messages'")
     rows = dataset.select_columns([column for column in columns if column in COLUMNS]).to_list()
     return [{**row, "source": str(row.get("source") or without_folder(name))} for row in rows]
+
+
+@contextmanager
+def one_line_of_datasets() -> Iterator[None]:
+    """What `datasets` raises says everything; what it logs before it would stand beside that."""
+    level = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(level)
 
 
 def load_queries(data: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: ChannelMergedConfig) -> list[Query]:
@@ -89,8 +106,11 @@ def query_text(row: dict[str, Any], place: str, context: str) -> tuple[str, bool
         return text, False
     if not row.get("messages") and "text" in row:
         raise ValueError(f"{place}: the text is empty")
+    conversation = row.get("messages") or []
+    if not isinstance(conversation, list) or not all(isinstance(message, dict) for message in conversation):
+        raise ValueError(f"{place}: messages is {reprlib.repr(conversation)}, expected a list of role and content")
     try:
-        messages = router_messages(row.get("messages") or [], context)
+        messages = router_messages(conversation, context)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     if not messages[0]["content"].strip():

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import (
@@ -48,8 +47,9 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from conversion.foreign_files import foreign, read_yaml
 from conversion.generate import load_tokenizer
-from conversion.merged_checkpoint import find_checkpoint, read_config
+from conversion.merged_checkpoint import whole_checkpoint
 from conversion.model_card import write_card
 from conversion.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
 from conversion.model_source import Source, check_unchanged, without_folder
@@ -147,7 +147,7 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterArguments, RouterTraini
     config_parser.add_argument("--config")
     known, arguments = config_parser.parse_known_args(arguments)
     if known.config is not None:
-        values = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
+        values = read_yaml(Path(known.config))
         set_defaults(parser, values, known.config)
     router_arguments, training_arguments, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
@@ -291,10 +291,9 @@ def train_router(
     """Train and save; the folder that the output is written into until it is complete is entered into `stack`."""
     if not training_args.should_log:  # one process of several speaks
         logging.getLogger("conversion").setLevel(logging.ERROR)
-    source, out = find_checkpoint(args.checkpoint), Path(training_args.output_dir)
+    (source, config), out = whole_checkpoint(args.checkpoint), Path(training_args.output_dir)
     folder, resume = source.folder, training_args.resume_from_checkpoint
     overwrite = args.overwrite or bool(resume)
-    config = read_config(folder)
     if args.max_length is not None:
         config.router["max_tokens"] = args.max_length
     if args.threshold is not None:
@@ -316,7 +315,8 @@ def train_router(
     train = encode_queries(train, tokenizer, config)
     evaluation = encode_queries(evaluation, tokenizer, config)
 
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config)
+    with foreign(str(folder)):
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config)
     model.freeze_for_router_training()
     log_parameters(model)
 

@@ -33,6 +33,7 @@ import torch
 from tokenizers import AddedToken, decoders
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from conversion.foreign_files import check_token_ids, foreign, one_line, read_json
 from conversion.model_files import (
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
@@ -43,7 +44,6 @@ from conversion.model_files import (
     same_file,
     write_json,
 )
-from conversion.model_source import one_line
 from conversion.row_layout import RowLayout, layout_rows
 
 logger = logging.getLogger(__name__)
@@ -151,14 +151,17 @@ def read_vocabulary(
     if base is not None and not (folder / "generation_config.json").exists():
         generation_config = base.generation_config
     elif (folder / "generation_config.json").exists():
-        try:
+        with foreign(f"{name}: generation_config.json cannot be read"):
+            read_json(folder / "generation_config.json")
             generation_config = GenerationConfig.from_pretrained(folder)
-        except (ValueError, OSError, TypeError) as error:
-            raise ValueError(f"{name}: generation_config.json cannot be read: {one_line(error)}") from None
     else:
         generation_config = GenerationConfig.from_model_config(config)
     drop_code_references(generation_config)
     special_ids = {key: getattr(config, key, None) for key in SPECIAL_IDS}
+    check_token_ids(special_ids, f"{name}: config.json")
+    check_token_ids(
+        {key: getattr(generation_config, key, None) for key in SPECIAL_IDS}, f"{name}: generation_config.json"
+    )
     tokenizer = load_tokenizer(name, folder)
     if tokenizer is None and base is not None:
         tokenizer, folder = base.tokenizer, base.tokenizer_folder

@@ -156,17 +156,36 @@ Q_PROJ = "model.model.layers.1.self_attn.q_proj"
     ("edit", "message"),
     [
         (lambda t: t.pop(f"{Q_PROJ}.channel_index"), r"layers\.1\.self_attn\.q_proj has no channel_index"),
-        (lambda t: t[f"{Q_PROJ}.channel_index"].fill_(999), r"q_proj names row 999, but its rows are 0 to \d+"),
-        (lambda t: t[f"{Q_PROJ}.channel_index"][0, 0].fill_(-2), r"q_proj names row -2"),
-        (lambda t: t["model.model.embed_tokens.channel_index"][0, 0].fill_(-1), r"embed_tokens names row -1"),
+        (
+            lambda t: t[f"{Q_PROJ}.channel_index"].fill_(999),
+            r"q_proj.channel_index holds row 999 for .*expected 0 to \d+",
+        ),
+        (lambda t: t[f"{Q_PROJ}.channel_index"][0, 0].fill_(-2), r"q_proj.channel_index holds row -2"),
+        (
+            lambda t: t["model.model.embed_tokens.channel_index"][0, 0].fill_(-1),
+            r"embed_tokens.channel_index holds row -1",
+        ),
         (lambda t: t.update({f"{Q_PROJ}.channel_index": t[f"{Q_PROJ}.channel_index"].long()}), r"q_proj.* is I64"),
         (
             lambda t: t.update({f"{Q_PROJ}.channel_index": t[f"{Q_PROJ}.channel_index"][:2].clone()}),
-            r"is I32 \[2, 16\], expected \[3, 16\]",
+            r"is I32 \[2, 16\], expected I32 \[3, 16\] by config\.json",
         ),
         (
             lambda t: t.update({f"{Q_PROJ}.rows.weight": t[f"{Q_PROJ}.rows.weight"][:-1].clone()}),
-            r"q_proj\.rows\.weight is F32 .* for .*q_proj by config\.json",
+            r"q_proj\.rows\.weight is F32 .* by config\.json",
+        ),
+        (lambda t: t[f"{Q_PROJ}.channel_index"][1, 2].fill_(-1), r"holds row -1 for expert 1, channel 2"),
+        (
+            lambda t: t.update({f"{Q_PROJ}.rows.weight": t[f"{Q_PROJ}.rows.weight"].double()}),
+            r"rows\.weight is F64 .*, expected F32 or F16 or BF16",
+        ),
+        (
+            lambda t: t.update({"router.head.bias": torch.zeros(4)}),
+            r"router\.head\.bias is F32 \[4\], expected .* \[3\]",
+        ),
+        (
+            lambda t: t.update({"model.model.norm.experts.2.weight": torch.zeros(3)}),
+            r"norm\.experts\.2\.weight is F32 \[3\], expected .* \[12\]",
         ),
         (lambda t: t.pop("router.head.bias"), r"lacks router\.head\.bias"),
         (lambda t: t.pop("model.model.norm.experts.2.weight"), r"lacks model\.model\.norm\.experts\.2\.weight"),
@@ -180,6 +199,10 @@ Q_PROJ = "model.model.layers.1.self_attn.q_proj"
         "index-dtype",
         "index-shape",
         "rows-shape",
+        "channel-that-a-linear-map-lacks",
+        "rows-dtype",
+        "router-shape",
+        "norm-shape",
         "missing-router",
         "missing-norm",
         "unknown-tensor",

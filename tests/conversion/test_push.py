@@ -145,7 +145,7 @@ def become_plain(folder):
         (remove_code, "no modeling_channel_merged.py: without its code"),
         (remove_card, "no README.md"),
         (break_metadata, "the metadata of .*README.md cannot be read"),
-        (damage_index, "lm_head names row 1000000"),
+        (damage_index, "lm_head.channel_index holds row 1000000"),
         (cut_weights, "cut short or damaged"),
         (become_plain, "not a channel-merged checkpoint"),
     ],

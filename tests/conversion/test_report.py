@@ -70,7 +70,7 @@ def test_index_of_a_tied_head_is_checked(tmp_path, write_checkpoint):
     tensors = load_file(stored.folder / "model.safetensors")
     tensors["model.lm_head.channel_index"][0, 0] = 999
     save_file(tensors, stored.folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lm_head names row 999"):
+    with pytest.raises(ValueError, match="lm_head.channel_index holds row 999"):
         inspect_checkpoint(stored.folder)
 
 
