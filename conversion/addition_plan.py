@@ -37,8 +37,7 @@ from conversion.vocabulary import (
 )
 from conversion.vocabulary_reader import VocabularyReader
 from modeling_channel_merged import ChannelMergedConfig
-
-MAX_EXPERTS = 62
+from modeling_channel_merged.configuration_channel_merged import MAX_EXPERTS
 
 Reader = ExpertReader | VocabularyReader | LoraReader | StoredExpertReader
 

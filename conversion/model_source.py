@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from conversion.expert_reader import ADAPTER_FORMATS, MODEL_FORMATS, weight_files
+from conversion.expert_reader import ADAPTER_FORMATS, MODEL_FORMATS, WeightFormat, weight_files
 from conversion.foreign_files import check_ordinary, one_line
 from conversion.journal import file_hash
 from conversion.model_files import EXPERT_FILES, TOKENIZER_PATTERNS
@@ -65,8 +65,14 @@ class Source:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether the folder holds a PEFT adapter; where it holds a model beside it, the adapter counts."""
-        return (self.folder / ADAPTER_CONFIG).exists()
+        """Whether the folder holds a PEFT adapter, also beside a model; its config alone beside one is a leftover."""
+        if not (self.folder / ADAPTER_CONFIG).exists():
+            return False
+        return (
+            self.revision is not None
+            or _has_weights(self.folder, ADAPTER_FORMATS)
+            or not _has_weights(self.folder, MODEL_FORMATS)
+        )
 
     @property
     def repository(self) -> str:
@@ -99,7 +105,7 @@ def find_source(name: str, model: str, folder: Path) -> Source:
             if not file.is_dir():
                 check_ordinary(file)
         source = Source(name, model, None, local, input_files(local))
-        if source.is_adapter and any((local / format.single).exists() for format in MODEL_FORMATS):
+        if source.is_adapter and _has_weights(local, MODEL_FORMATS):
             logger.warning("%s: %s holds a model and a PEFT adapter, the adapter is read", name, model)
     elif local.exists():
         raise ValueError(f"{name}: {model} is a file, expected a folder with a checkpoint or a Hub id")
@@ -133,10 +139,10 @@ def with_weights(source: Source) -> Source:
 
 def input_files(folder: Path) -> dict[str, Identity]:
     """The files of a model folder that anything is read from, but its card, each with what tells that it changed."""
-    is_adapter = (folder / ADAPTER_CONFIG).exists()
     weights = []
-    with contextlib.suppress(ValueError):  # there are none, or not yet
-        weights = weight_files(folder, ADAPTER_FORMATS if is_adapter else MODEL_FORMATS)
+    for formats in (MODEL_FORMATS, ADAPTER_FORMATS):
+        with contextlib.suppress(ValueError):  # there are none, or not yet
+            weights += weight_files(folder, formats)
     small = {file.relative_to(folder).as_posix() for pattern in READ_FILES for file in folder.glob(pattern)}
     names = sorted(name for name in {*weights, *small} if (folder / name).is_file())
     return {name: _identity(folder / name, name in weights) for name in names}
@@ -160,6 +166,10 @@ def check_unchanged(sources: Iterable[Source]) -> None:
                 f"{source.name}: {source.folder / changed[0]} was changed while it was read: what came of that is "
                 "not written; give the command again when nothing changes it"
             )
+
+
+def _has_weights(folder: Path, formats: Iterable[WeightFormat]) -> bool:
+    return any((folder / name).exists() for format in formats for name in (format.single, format.index))
 
 
 def _fetch(name: str, repo: str, revision: str | None, patterns: Iterable[str]) -> Path:

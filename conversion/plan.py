@@ -198,17 +198,19 @@ def load_config(source: Source) -> PreTrainedConfig:
     """The config of one checkpoint; refuses quantized and multimodal ones."""
     if source.is_adapter:
         raise ValueError(f"{source.name}: {source.model} is a PEFT adapter, expected a whole model")
-    with foreign(f"{source.name}: the config of {source.model} cannot be read"):
+    unreadable = f"{source.name}: the config of {source.model} cannot be read"
+    with foreign(unreadable):
         values = read_model_config(source.folder / "config.json")
+    if (quantization := values.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = method or "unknown method"
+        raise ValueError(f"{source.name}: {source.model} is quantized ({method}), expected float weights")
+    with foreign(unreadable):
         family = values["model_type"]
         if "auto_map" in values and family not in CONFIG_MAPPING:
             raise ValueError(f"its architecture {family!r} is code of its own (auto_map), which is never run here")
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     drop_code_references(config)
-    if (quantization := values.get("quantization_config")) is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = method or "unknown method"
-        raise ValueError(f"{source.name}: {source.model} is quantized ({method}), expected float weights")
     if config.get_text_config() is not config:
         raise ValueError(
             f"{source.name}: {source.model} ({config.model_type}) nests its language model in a larger one, "

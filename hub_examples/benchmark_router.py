@@ -50,7 +50,7 @@ Contender = Callable[[list[Row], list[Row]], torch.Tensor]
 def read_rows(files: list[Path]) -> list[Row]:
     rows = []
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").strip("\n").split("\n"):
             row = json.loads(line)
             rows.append({"text": row["text"], "expert": row["expert"], "source": row.get("source", file.stem)})
     return rows

@@ -1,6 +1,7 @@
 """Configuration of channel-merged causal language models."""
 
 import operator
+from itertools import pairwise
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -15,6 +16,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_channel_merged.ChannelMergedForCausalLM",
 }
 
+MAX_EXPERTS = 62  # the owners of a row are bits of an int64
 POOLINGS = ("mean", "last")
 ROUTER_FEATURES = ("trunk_and_ngrams", "trunk")
 CONTEXTS = ("last_user_turn", "conversation")
@@ -69,6 +71,8 @@ class ChannelMergedConfig(PreTrainedConfig):
             )
         features = "trunk" if self.format_version == 1 else "trunk_and_ngrams"
         self.format_version = FORMAT_VERSION
+        if isinstance(self.num_experts, int) and self.num_experts > MAX_EXPERTS:  # before as many names are made
+            raise ValueError(f"num_experts is {self.num_experts}, expected at most {MAX_EXPERTS}")
         if self.expert_names is None:
             self.expert_names = [f"expert_{expert}" for expert in range(self.num_experts or 2)]
         if self.num_experts is None:
@@ -120,10 +124,14 @@ class ChannelMergedConfig(PreTrainedConfig):
         for name, vocabulary in self.expert_vocabularies.items():
             end = max((first + length for first, length in vocabulary["runs"]), default=0)
             size = sum(length for _, length in vocabulary["runs"])
-            if name not in names or size != vocabulary["size"] or end > self.vocab_size:
+            # Ids are read as many as `size` says, so the runs must not overlap.
+            runs = sorted(vocabulary["runs"])
+            apart = all(first + length <= after for (first, length), (after, _) in pairwise(runs))
+            apart = apart and all(first >= 0 and length > 0 for first, length in runs)
+            if name not in names or size != vocabulary["size"] or end > self.vocab_size or not apart:
                 raise ValueError(
                     f"expert_vocabularies[{name!r}] has {size} of {vocabulary['size']} ids below {end}, expected an "
-                    f"expert of {names} and ids of the merged vocabulary of {self.vocab_size}"
+                    f"expert of {names} and ids of the merged vocabulary of {self.vocab_size}, each in one run"
                 )
         if self.expert_eos_token_ids is not None and set(self.expert_eos_token_ids) != set(names):
             raise ValueError(f"expert_eos_token_ids is of {sorted(self.expert_eos_token_ids)}, expected of {names}")

@@ -101,3 +101,16 @@ def test_answers_for_the_base():
 def test_unknown_expert(expert):
     with pytest.raises(ValueError, match="this model has"):
         make(expert_names=["a", "b"]).expert_id(expert)
+
+
+@pytest.mark.parametrize("runs", [[[0, 5], [4, 5]], [[-1, 10]], [[0, 12], [20, -2]], [[0, 1]] * 10])
+def test_an_own_vocabulary_has_every_id_once(runs):
+    """Many runs of the same ids would be more ids than any vocabulary has."""
+    vocabularies = {"expert_0": {"size": 10, "runs": runs}}
+    with pytest.raises(ValueError, match=r"expert_vocabularies\['expert_0'\] has .* each in one run"):
+        ChannelMergedConfig(text_config=LlamaConfig(), expert_vocabularies=vocabularies)
+
+
+def test_a_number_of_experts_that_no_model_has():
+    with pytest.raises(ValueError, match="num_experts is 1000000000, expected at most 62"):
+        ChannelMergedConfig(text_config=LlamaConfig(), num_experts=10**9)
