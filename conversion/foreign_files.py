@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -71,6 +71,35 @@ def parse_json(text: str | bytes, place: str) -> dict[str, Any]:
         raise ValueError(f"{place} is {reprlib.repr(values)}, expected a JSON object")
     check_values(values, place)
     return values
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSONL file and the numbers of their lines, or those of one JSON array, all in line 1.
+
+    Only a line feed ends a line: U+2028 and its like may stand in a text.
+    """
+    with file.open(encoding="utf-8", newline="\n") as stream:
+        for number, line in _lines(stream, file):
+            place = f"{file}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place} is not JSON: {one_line(error)}") from None
+            for item in row if isinstance(row, list) and number == 1 else [row]:
+                if not isinstance(item, dict):
+                    raise ValueError(f"{place} has {reprlib.repr(item)}, expected a JSON object")
+                yield number, item
+
+
+def _lines(stream: TextIO, file: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank; an array that is written over several lines is one."""
+    try:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                whole_array = number == 1 and line.strip() == "["
+                yield number, line + stream.read() if whole_array else line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def read_yaml(file: Path) -> Any:

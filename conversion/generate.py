@@ -7,7 +7,7 @@ template, segmented by its own tokenizer where the checkpoint keeps it, and its 
 The installed classes run the checkpoint; code files beside the weights are not executed.
 """
 
-import json
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedTokenizerBase
 
-from conversion.foreign_files import foreign, read_text
+from conversion.foreign_files import foreign, read_json_lines
 from conversion.merged_checkpoint import whole_checkpoint
 from conversion.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
 from conversion.vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
@@ -218,19 +218,17 @@ def read_conversations(file: Path) -> list[Prompt]:
         ValueError: a line is something else.
     """
     conversations = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, row in read_json_lines(file):
+        messages = row.get("messages")
         try:
-            messages = json.loads(line)["messages"]
             whole = all(
                 isinstance(message["role"], str) and isinstance(message["content"], str) for message in messages
             )
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (KeyError, TypeError):
             whole = False
         if not whole or not messages:
             expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
-            raise ValueError(f"{file}, line {number}: expected {expected}, got {line.strip()[:80]}")
+            raise ValueError(f"{file}, line {number}: expected {expected}, got {reprlib.repr(row)}")
         conversations.append(messages)
     return conversations
 

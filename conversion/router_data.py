@@ -19,8 +19,8 @@ from datasets import load_dataset
 from datasets.utils import logging as datasets_logging
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from conversion.foreign_files import foreign
-from conversion.generate import render
+from conversion.foreign_files import foreign, read_json_lines
+from conversion.generate import render, with_valid_text
 from conversion.model_source import without_folder
 from conversion.router_augmentation import augment
 from conversion.router_queries import STYLES, style_queries
@@ -29,7 +29,8 @@ from modeling_channel_merged.router_inputs import router_messages, shorten
 
 logger = logging.getLogger(__name__)
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+JSON_SUFFIXES = (".json", ".jsonl")
+FILE_FORMATS = {".parquet": "parquet", ".csv": "csv"}
 COLUMNS = ("text", "messages", "expert", "source")
 
 Query = dict[str, Any]
@@ -44,20 +45,32 @@ def load_rows(data: str) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: a column is missing.
     """
-    if (file_format := FILE_FORMATS.get(Path(data).suffix)) is not None:
-        if not Path(data).is_file():
-            raise FileNotFoundError(f"there is no file {data}")
+    suffix = Path(data).suffix
+    if suffix in (*JSON_SUFFIXES, *FILE_FORMATS) and not Path(data).is_file():
+        raise FileNotFoundError(f"there is no file {data}")
+    if suffix in JSON_SUFFIXES:
+        rows = [row for _, row in read_json_lines(Path(data))]
+        return _checked_rows(rows, list(dict.fromkeys(key for row in rows for key in row)), data, Path(data).stem)
+    if (file_format := FILE_FORMATS.get(suffix)) is not None:
         name, arguments = Path(data).stem, {"path": file_format, "data_files": data, "split": "train"}
     else:
         name, _, split = data.partition(":")
         arguments = {"path": name, "split": split or "train"}
     with foreign(data), one_line_of_datasets():
         dataset = load_dataset(**arguments)
-    columns = dataset.column_names
+    return _checked_rows(dataset.to_list(), dataset.column_names, data, name)
+
+
+def _checked_rows(rows: list[dict[str, Any]], columns: list[str], data: str, name: str) -> list[dict[str, Any]]:
+    if not rows:
+        raise ValueError(f"{data} has no rows")
     if "expert" not in columns or not {"text", "messages"} & set(columns):
         raise ValueError(f"{data} has the columns {columns}, expected 'expert', and 'text' or 'messages'")
-    rows = dataset.select_columns([column for column in columns if column in COLUMNS]).to_list()
-    return [{**row, "source": str(row.get("source") or without_folder(name))} for row in rows]
+    source = without_folder(name)
+    return [
+        {**{column: row[column] for column in COLUMNS if column in row}, "source": str(row.get("source") or source)}
+        for row in rows
+    ]
 
 
 @contextmanager
@@ -90,12 +103,14 @@ def read_rows(
     queries = []
     for number, row in enumerate(rows, start=1):
         place = f"{data}, row {number}"
-        if row["expert"] not in config.expert_names:
-            raise ValueError(f"{place}: unknown expert {row['expert']!r}, the checkpoint has {config.expert_names}")
+        if (expert := row.get("expert")) not in config.expert_names:
+            raise ValueError(
+                f"{place}: unknown expert {reprlib.repr(expert)}, the checkpoint has {config.expert_names}"
+            )
         text, chat = query_text(row, place, config.router["context"])
         if chat and not tokenizer.chat_template:
             raise ValueError(f"{place} has messages, but the tokenizer has no chat template: give `text` instead")
-        label = config.expert_names.index(row["expert"])
+        label = config.expert_names.index(expert)
         queries.append({"text": text, "chat": chat, "labels": label, "source": row.get("source", data)})
     return queries
 
@@ -103,7 +118,9 @@ def read_rows(
 def query_text(row: dict[str, Any], place: str, context: str) -> tuple[str, bool]:
     """The query of a row, and whether it goes into the chat template, as a message of the user."""
     if isinstance(text := row.get("text"), str) and text.strip():
-        return text, False
+        return with_valid_text(text), False
+    if not isinstance(text, str | None):
+        raise ValueError(f"{place}: text is {reprlib.repr(text)}, expected text")
     if not row.get("messages") and "text" in row:
         raise ValueError(f"{place}: the text is empty")
     conversation = row.get("messages") or []
@@ -115,7 +132,7 @@ def query_text(row: dict[str, Any], place: str, context: str) -> tuple[str, bool
         raise ValueError(f"{place}: {error}") from None
     if not messages[0]["content"].strip():
         raise ValueError(f"{place}: a message has no content")
-    return messages[0]["content"], True
+    return with_valid_text(messages[0]["content"]), True
 
 
 def with_variants(queries: list[Query], seed: int) -> list[Query]:

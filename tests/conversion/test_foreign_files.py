@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from transformers import AutoTokenizer
 
 from conversion.__main__ import DEBUG_VARIABLE, main
 from conversion.foreign_files import check_counts, foreign, parse_json, read_json, read_yaml
@@ -11,6 +12,7 @@ from conversion.generate import read_conversations
 from conversion.model_source import find_source
 from conversion.plan import make_plan
 from conversion.recipe import parse_recipe
+from conversion.router_data import load_rows, read_rows
 
 
 @pytest.mark.parametrize(
@@ -152,3 +154,50 @@ def test_an_output_that_leads_in_a_circle(tmp_path, capsys, name):
     with pytest.raises(SystemExit, match="2"):
         main(["export", str(tmp_path / "merged"), "--expert", "math", str(tmp_path / name)])
     assert "symbolic links" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "has no rows"),
+        (b"junk", "line 1 is not JSON"),
+        (b"null", "line 1 has None, expected a JSON object"),
+        (b'{"text": "a", "expert": "x"}\n[1]', r"line 2 has \[1\], expected a JSON object"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+    ],
+)
+def test_router_data_that_is_none(tmp_path, text, message):
+    """`datasets` names neither file nor line, and ends the process on some of them."""
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match=rf"data.jsonl,? ?.*{message}"):
+        load_rows(str(file))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_router_data_in_one_array(tmp_path, indent):
+    rows = [{"text": "one\u2028two", "expert": "math"}, {"text": "three", "expert": "code"}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
+    assert load_rows(str(file)) == [{**row, "source": "data"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": 3, "expert": "math"}, "row 1: text is 3, expected text"),
+        ({"text": "a", "expert": ["math"]}, r"row 1: unknown expert \['math'\]"),
+        ({"text": "a"}, "row 1: unknown expert None"),
+        ({"messages": "x", "expert": "math"}, "row 1: messages is 'x', expected a list"),
+        ({"messages": [["user", "x"]], "expert": "math"}, "row 1: messages is .* expected a list of role and content"),
+    ],
+)
+def test_mistyped_router_data(stored, row, message):
+    with pytest.raises(ValueError, match=message):
+        read_rows([row], "data", AutoTokenizer.from_pretrained(stored.folder), stored.config)
+
+
+def test_half_a_surrogate_pair_in_router_data(stored):
+    tokenizer = AutoTokenizer.from_pretrained(stored.folder)
+    (query,) = read_rows([{"text": "a \ud800", "expert": "math"}], "data", tokenizer, stored.config)
+    assert query["text"] == "a \ufffd"
