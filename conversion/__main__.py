@@ -69,7 +69,7 @@ def convert(
     if dry_run:
         from rich.console import Console
 
-        from conversion.dry_run import plan_conversion, plan_tables
+        from conversion.merging.dry_run import plan_conversion, plan_tables
 
         plan = plan_conversion(recipe, out, overwrite=overwrite, max_memory=max_memory)
         Console().print(*plan_tables(plan), sep="\n", soft_wrap=True)
@@ -291,7 +291,7 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
     from accelerate import PartialState
     from rich.console import Console
 
-    from conversion.router_metrics import evaluation_tables
+    from conversion.router.metrics import evaluation_tables
     from conversion.train_router import main
 
     metrics = main(["--checkpoint", checkpoint, *context.args])

@@ -23,18 +23,18 @@ import torch
 from tqdm import tqdm
 
 import modeling_channel_merged
-from conversion.block_reader import BlockReader, Workers
 from conversion.generate import find_device
-from conversion.grouping_pass import group_modules
-from conversion.hub_folder import add_relative_errors, conversion_report, package_versions, write_hub_files
-from conversion.memory_budget import CHUNK_BYTES, plan_memory
-from conversion.merging_pass import output_tensors, write_modules
-from conversion.model_source import check_unchanged
-from conversion.module_rows import all_modules
-from conversion.plan import Plan, check_disk_space, make_plan
-from conversion.recipe import Recipe, load_recipe
-from conversion.shard_writer import ShardWriter, parse_size
-from conversion.staged_folder import StagedFolder
+from conversion.hub.model_folder import add_relative_errors, conversion_report, package_versions, write_hub_files
+from conversion.io.shard_writer import ShardWriter, parse_size
+from conversion.io.sources import check_unchanged
+from conversion.io.staged_folder import StagedFolder
+from conversion.merging.block_reader import BlockReader, Workers
+from conversion.merging.grouped_module import all_modules
+from conversion.merging.grouping_pass import group_modules
+from conversion.merging.memory_budget import CHUNK_BYTES, plan_memory
+from conversion.merging.merging_pass import output_tensors, write_modules
+from conversion.merging.plan import Plan, check_disk_space, make_plan
+from conversion.merging.recipe import Recipe, load_recipe
 
 MAX_MEMORY = "2GB"
 

@@ -27,8 +27,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from conversion.lora_adapter import MERGED_EXPERT
-from conversion.model_source import ADAPTER_CONFIG
+from conversion.checkpoints.lora_reader import MERGED_EXPERT
+from conversion.io.sources import ADAPTER_CONFIG
 
 TASK_TYPE = "CAUSAL_LM"
 ALL_LINEAR = "all-linear"

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.model_files import COMPANION_FILES, EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, copy_files
-from conversion.model_source import check_unchanged
-from conversion.shard_writer import ShardWriter, TensorSpec
-from conversion.staged_folder import StagedFolder, check_target
-from conversion.tensor_names import stored_names
-from conversion.vocabulary import SPECIAL_IDS
+from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
+from conversion.checkpoints.tensor_names import stored_names
+from conversion.io.model_files import COMPANION_FILES, EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, copy_files
+from conversion.io.shard_writer import ShardWriter, TensorSpec
+from conversion.io.sources import check_unchanged
+from conversion.io.staged_folder import StagedFolder, check_target
+from conversion.vocabulary.merged_vocabulary import SPECIAL_IDS
 from modeling_channel_merged.channel_ops import ExpertRuns, expert_runs
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedTokenizerBase
 
-from conversion.foreign_files import foreign, read_json_lines
-from conversion.merged_checkpoint import whole_checkpoint
-from conversion.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
-from conversion.vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
+from conversion.checkpoints.merged_checkpoint import whole_checkpoint
+from conversion.io.foreign_files import foreign, read_json_lines
+from conversion.io.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
+from conversion.vocabulary.merged_vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.router_inputs import router_messages
 

@@ -15,8 +15,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.model_files import CARD_FILE
+from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
+from conversion.io.model_files import CARD_FILE
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from conversion.delta_errors import relative_error
-from conversion.foreign_files import read_json
-from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.model_files import REPORT_FILE
+from conversion.channels.delta_errors import relative_error
+from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
+from conversion.io.foreign_files import read_json
+from conversion.io.model_files import REPORT_FILE
 
 PER_EXPERT_KIND = "kept per expert"
 

@@ -47,14 +47,15 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from conversion.foreign_files import foreign, read_yaml
+from conversion.checkpoints.merged_checkpoint import whole_checkpoint
 from conversion.generate import load_tokenizer
-from conversion.merged_checkpoint import whole_checkpoint
-from conversion.model_card import write_card
-from conversion.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
-from conversion.model_source import Source, check_unchanged, without_folder
+from conversion.hub.model_card import write_card
+from conversion.io.foreign_files import foreign, read_yaml
+from conversion.io.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
+from conversion.io.sources import Source, check_unchanged, without_folder
+from conversion.io.staged_folder import CONFIG_FILE, StagedFolder, check_target
 from conversion.report import format_bytes
-from conversion.router_data import (
+from conversion.router.data import (
     Query,
     RouterCollator,
     check_splits,
@@ -64,7 +65,7 @@ from conversion.router_data import (
     with_styles,
     with_variants,
 )
-from conversion.router_metrics import (
+from conversion.router.metrics import (
     METRICS_FILE,
     PLOT_FILE,
     card_section,
@@ -73,7 +74,6 @@ from conversion.router_metrics import (
     router_metrics,
     useful_temperature,
 )
-from conversion.staged_folder import CONFIG_FILE, StagedFolder, check_target
 
 logger = logging.getLogger(__name__)
 

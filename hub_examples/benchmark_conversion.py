@@ -161,7 +161,7 @@ def mergekit_runner(method: str, parameters: dict[str, float]) -> Callable[[Path
 
 def our_runner(recipe: dict, max_memory: str) -> Callable[[Path], None]:
     from conversion.convert import convert
-    from conversion.recipe import parse_recipe
+    from conversion.merging.recipe import parse_recipe
 
     def run(work: Path) -> None:
         models = sorted(path for path in (work / "models").iterdir() if path.name != "base")

@@ -36,7 +36,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from conversion.row_layout import layout_rows
+from conversion.channels.row_layout import layout_rows
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 from modeling_channel_merged.channel_merged_layers import ChannelMergedLinear, find_modules
 

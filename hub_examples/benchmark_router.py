@@ -34,9 +34,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from conversion.generate import load_tokenizer
-from conversion.router_augmentation import augment
-from conversion.router_data import with_styles
-from conversion.router_metrics import expected_calibration_error
+from conversion.router.augmentation import augment
+from conversion.router.data import with_styles
+from conversion.router.metrics import expected_calibration_error
 from modeling_channel_merged.router_inputs import shorten
 
 WORD = re.compile(r"[a-z]+|\d|[\u4e00-\u9fff]|[^\sa-z\d]")

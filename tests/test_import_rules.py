@@ -106,7 +106,7 @@ def test_rules_catch_what_they_should(tmp_path):
     """The scan sees imports inside functions, in try blocks and behind TYPE_CHECKING."""
     file = tmp_path / "example.py"
     file.write_text(
-        "import os\nif TYPE_CHECKING:\n    import conversion.plan\n"
+        "import os\nif TYPE_CHECKING:\n    import conversion.merging.plan\n"
         "def f():\n    from tests.x import y\n"
         "    try:\n        from .sibling import z\n    except ImportError:\n        pass\n"
     )

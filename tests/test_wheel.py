@@ -36,8 +36,9 @@ def test_wheel_holds_both_packages_and_nothing_else(installed):
     folders = {path.name for path in installed.iterdir()}
     assert {name for name in folders if not name.endswith(".dist-info")} == {"conversion", "modeling_channel_merged"}
     for package in ("conversion", "modeling_channel_merged"):
-        files = {file.name for file in (installed / package).iterdir()}
-        assert files == {file.name for file in (ROOT / package).glob("*.py")}
+        folder = installed / package
+        files = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
+        assert files == {file.relative_to(ROOT / package) for file in (ROOT / package).rglob("*.py")}
     (metadata,) = installed.glob("*.dist-info")
     assert (metadata / "licenses" / "LICENSE").is_file()
     assert "channel-merge = conversion.__main__:main" in (metadata / "entry_points.txt").read_text()
@@ -47,7 +48,7 @@ def test_wheel_runs_away_from_the_checkout(installed):
     """The command line answers, and the modeling files that a conversion copies are the wheel's own."""
     assert "train-router" in run(installed, "-m", "conversion", "--help")
     code = (
-        "import modeling_channel_merged, conversion.hub_folder as hub; from pathlib import Path; "
+        "import modeling_channel_merged, conversion.hub.model_folder as hub; from pathlib import Path; "
         "out = Path('code'); out.mkdir(); hub.write_code(out); "
         "print(modeling_channel_merged.__file__); print(*sorted(file.name for file in out.iterdir()))"
     )

@@ -18,8 +18,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from conversion.model_card import write_card
-from conversion.row_layout import layout_rows
+from conversion.channels.row_layout import layout_rows
+from conversion.hub.model_card import write_card
 from modeling_channel_merged.channel_merged_layers import find_modules
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 

@@ -16,11 +16,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversion.channels.merge_methods import keep_mask
+from conversion.channels.row_layout import layout_rows
 from conversion.convert import convert
-from conversion.merge_methods import keep_mask
-from conversion.plan import make_plan
-from conversion.recipe import Recipe, parse_recipe
-from conversion.row_layout import layout_rows
+from conversion.merging.plan import make_plan
+from conversion.merging.recipe import Recipe, parse_recipe
 from modeling_channel_merged.channel_merged_layers import find_modules
 
 

@@ -15,9 +15,9 @@ from conversion.add_expert import add_expert
 from conversion.convert import convert
 from conversion.expert_lora import ExpertLora, adapt_expert
 from conversion.export import export_expert
-from conversion.hub_folder import write_code
-from conversion.plan import make_plan
-from conversion.recipe import parse_recipe
+from conversion.hub.model_folder import write_code
+from conversion.merging.plan import make_plan
+from conversion.merging.recipe import parse_recipe
 from modeling_channel_merged.active_experts import ActiveExperts, activate
 
 NAMES = ["instruct", "math", "code"]

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.export import export_expert
-from conversion.merged_checkpoint import MergedCheckpoint
-from conversion.shard_writer import ShardWriter
+from conversion.io.shard_writer import ShardWriter
 
 ARCHITECTURES = ["llama", "qwen2-tied", "qwen3", "gpt2-tied"]
 

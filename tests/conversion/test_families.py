@@ -21,10 +21,10 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from conversion.checkpoints.tensor_names import by_parameter_name
 from conversion.convert import convert
 from conversion.export import export_expert
-from conversion.recipe import Recipe, parse_recipe
-from conversion.tensor_names import by_parameter_name
+from conversion.merging.recipe import Recipe, parse_recipe
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 
 NAMES = ("instruct", "math", "code")

@@ -17,8 +17,8 @@ from conversion.add_expert import add_expert
 from conversion.convert import convert
 from conversion.export import export_expert
 from conversion.generate import answer_prompts
-from conversion.model_files import MAX_NAME_BYTES, check_file_name
-from conversion.recipe import parse_recipe
+from conversion.io.model_files import MAX_NAME_BYTES, check_file_name
+from conversion.merging.recipe import parse_recipe
 from conversion.train_router import main as train_router
 
 OWN_CODE = {file.name for file in Path(modeling_channel_merged.__file__).parent.glob("*.py")} - {"__init__.py"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from conversion.__main__ import main
-from conversion.staged_folder import FILE_LIST
+from conversion.io.staged_folder import FILE_LIST
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from conversion.__main__ import main
 from conversion.convert import convert
+from conversion.io.staged_folder import FILE_LIST
+from conversion.merging.recipe import parse_recipe
 from conversion.push import push_checkpoint
-from conversion.recipe import parse_recipe
-from conversion.staged_folder import FILE_LIST
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from conversion import convert as convert_module
-from conversion import grouping_pass
 from conversion.convert import convert
-from conversion.expert_reader import read_header
-from conversion.recipe import Recipe, load_recipe
-from conversion.shard_writer import ShardWriter
+from conversion.io.shard_writer import ShardWriter
+from conversion.io.weight_files import read_header
+from conversion.merging import grouping_pass
+from conversion.merging.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 SHARDS = "15KB"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from conversion import train_router
 from conversion.generate import load_tokenizer
 from conversion.report import format_bytes
-from conversion.router_metrics import calibration, fit_temperature, probabilities
+from conversion.router.metrics import calibration, fit_temperature, probabilities
 from conversion.train_router import main, parse_arguments
 
 ROOT = Path(__file__).parents[2]

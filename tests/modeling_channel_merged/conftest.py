@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.pytorch_utils import Conv1D
 
-from conversion.row_layout import layout_rows
+from conversion.channels.row_layout import layout_rows
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 from modeling_channel_merged.channel_merged_layers import find_modules
 

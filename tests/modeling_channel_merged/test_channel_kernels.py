@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from conversion.row_layout import layout_rows  # noqa: E402
+from conversion.channels.row_layout import layout_rows  # noqa: E402
 from modeling_channel_merged import channel_kernels  # noqa: E402
 from modeling_channel_merged.active_experts import ActiveExperts, activate  # noqa: E402
 from modeling_channel_merged.channel_kernels import (  # noqa: E402

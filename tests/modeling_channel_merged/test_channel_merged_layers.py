@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, OPTConfig, T5Config
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from conversion.row_layout import layout_rows
+from conversion.channels.row_layout import layout_rows
 from modeling_channel_merged.active_experts import ActiveExperts, activate
 from modeling_channel_merged.channel_merged_layers import (
     ChannelMergedEmbedding,

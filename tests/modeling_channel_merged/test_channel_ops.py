@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.row_layout import layout_rows
+from conversion.channels.row_layout import layout_rows
 from modeling_channel_merged.channel_ops import (
     COPY_MIN_TOKENS,
     FEW_TOKENS,

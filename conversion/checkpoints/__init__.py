@@ -1,0 +1,1 @@
+"""What a checkpoint says: configs, architecture, tensor names, LoRA adapters, the merged form."""

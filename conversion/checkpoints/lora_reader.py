@@ -1,0 +1,562 @@
+"""A PEFT LoRA adapter as an expert: rows of base plus delta, computed when they are asked for.
+
+The merged model is never built. For a module with rows W (O, I) of the base, the adapter has A (r, I) and B (O, r):
+
+    V = W + scaling * (B @ A)                LoRA; scaling is alpha / r, or alpha / sqrt(r) (rsLoRA)
+    V = magnitude / |W + ...| * (W + ...)    DoRA; |.| is the norm of each row
+
+in float32, then rounded once to the base's dtype, as PEFT's `merge_and_unload` leaves it; what an adapter saves whole
+(`modules_to_save`, biases, trained tokens) takes the base's dtype too. Of an embedding PEFT stores both factors turned
+over: A (r, O) and B (I, r), W + scaling * (B @ A).T. How PEFT chose its modules (`target_modules`) does not matter:
+the adapter's tensors tell which were adapted. Where both of a tied pair are adapted alike, PEFT's merge adds the delta
+twice to the weight that they share; here it is added once, as the adapter computes before it is merged.
+
+A matrix product's last bits differ with its number of rows and of threads. Products are computed in blocks of
+`BLOCK_ROWS` rows that begin at fixed rows, by one thread, so that no result depends on the chunk that was asked for.
+
+Shapes: O channels, I inputs, r rank, C rows of a chunk.
+"""
+
+import logging
+import math
+import re
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from conversion.checkpoints.tensor_names import by_parameter_name
+from conversion.io.foreign_files import foreign, read_json
+from conversion.io.sources import ADAPTER_CONFIG, Source
+from conversion.io.weight_files import (
+    ADAPTER_FORMATS,
+    FLOAT_DTYPES,
+    ExpertReader,
+    StoredTensor,
+    match_names,
+    read_headers,
+)
+from modeling_channel_merged.channel_merged_layers import ModuleMap
+
+logger = logging.getLogger(__name__)
+
+BLOCK_ROWS = 16
+KEY_PREFIX = "base_model.model."
+MERGED_KEY_PREFIX = KEY_PREFIX + "model."  # the merged model wraps the base architecture
+MERGED_EXPERT = "merged_expert"  # the setting that names the expert of a merged model that an adapter is of
+
+# Settings that are read here, or that change nothing once the adapter is trained. Any other that is set is refused.
+KNOWN_SETTINGS = frozenset(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
+    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
+    lora_bias lora_dropout lora_ga_config megatron_config megatron_core merged_expert modules_to_save modules_to_tie
+    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
+    target_modules_to_tie task_type trainable_token_indices use_dora use_rslora
+    """.split()
+)
+# Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and others do not.
+KNOWN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+# End of an adapter tensor's name -> which parameter of the module it belongs to, and what it is to it.
+PARTS = {
+    ".lora_A.weight": ("weight", "down"),
+    ".lora_B.weight": ("weight", "up"),
+    ".lora_B.bias": ("bias", "shift"),
+    ".lora_embedding_A": ("weight", "embedding_up"),
+    ".lora_embedding_B": ("weight", "embedding_down"),
+    ".lora_magnitude_vector": ("weight", "magnitude"),
+    ".lora_magnitude_vector.weight": ("weight", "magnitude"),
+    ".token_adapter.trainable_tokens_delta": ("weight", "tokens"),
+    ".base_layer.weight": ("weight", "whole"),
+    ".base_layer.bias": ("bias", "whole"),
+}
+
+# Copies that PEFT saves beside a module's own tensor when an embedding was resized, and does not read again.
+UNREAD_COPIES = (".modules_to_save.", ".original_module.")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says about the values of the adapted weights."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    base_model: str | None
+    modules_to_save: tuple[str, ...]
+    token_indices: Mapping[str, list[int]] | list[int] | None  # by module, or the embedding's
+    merged_expert: str | None = None  # the expert of a merged model that was adapted, and not the base
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def tokens_of(self, module: str) -> list[int] | None:
+        """Ids of the trained tokens of a module; None where it has none."""
+        if not isinstance(self.token_indices, Mapping):
+            return self.token_indices
+        return next((ids for name, ids in self.token_indices.items() if _is_named(module, name)), None)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What an adapter does to one parameter: names of its tensors, and how they count."""
+
+    whole: str | None = None  # replaces the base's tensor
+    up: str | None = None  # (O, r)
+    down: str | None = None  # (r, I)
+    scaling: float = 1.0
+    magnitude: str | None = None  # (O,), DoRA
+    shift: str | None = None  # (O,), added to a bias after scaling
+    tokens: str | None = None  # (tokens, I), rows that are replaced
+    token_ids: tuple[int, ...] = ()
+    embedding: bool = False  # up is stored as (r, O), down as (I, r)
+
+
+def read_adapter_config(source: Source) -> AdapterConfig:
+    """Read and check adapter_config.json.
+
+    Raises:
+        ValueError: it cannot be read, is no LoRA, or has a setting that is not supported; by name.
+    """
+    with foreign(f"{source.name}: {ADAPTER_CONFIG} of {source.model} cannot be read"):
+        values = read_json(source.folder / ADAPTER_CONFIG)
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{source.name}: {source.model} is a PEFT adapter of type {str(kind)[:80]}, only LORA can be merged"
+        )
+    for key, value in sorted(values.items()):
+        if key not in KNOWN_SETTINGS and value:
+            raise ValueError(f"{source.name}: {source.model} sets {key} to {value!r}, which is not supported")
+    initialisation = values.get("init_lora_weights")
+    if initialisation not in KNOWN_INITIALISATIONS:
+        raise ValueError(
+            f"{source.name}: {source.model} was trained with init_lora_weights {initialisation!r}, which changes the "
+            "base's weights: save it as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    for key in ("base_model_name_or_path", MERGED_EXPERT):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(
+                f"{source.name}: {ADAPTER_CONFIG} of {source.model}: {key} is {reprlib.repr(values[key])}, "
+                "expected a name"
+            )
+    try:
+        ranks = {key: int(rank) for key, rank in (values.get("rank_pattern") or {}).items()}
+        alphas = {key: float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()}
+        if min((int(values["r"]), *ranks.values())) < 1:
+            raise ValueError("a rank is at least 1")
+        for pattern in (*ranks, *alphas):
+            re.compile(pattern)
+        return AdapterConfig(
+            rank=int(values["r"]),
+            alpha=float(values["lora_alpha"]),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            use_rslora=bool(values.get("use_rslora")),
+            use_dora=bool(values.get("use_dora")),
+            base_model=values.get("base_model_name_or_path"),
+            modules_to_save=tuple(values.get("modules_to_save") or ()),
+            token_indices=values.get("trainable_token_indices"),
+            merged_expert=values.get(MERGED_EXPERT),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, re.error):
+        keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+        shown = ", ".join(f"{key} {reprlib.repr(values.get(key))}" for key in keys)
+        raise ValueError(
+            f"{source.name}: {ADAPTER_CONFIG} of {source.model} must have numbers r (at least 1) and lora_alpha, "
+            f"and patterns with numbers, got {shown}"
+        ) from None
+
+
+def compare_base_names(config: AdapterConfig, source: Source, base: Source) -> None:
+    """Warn of an adapter that was trained on a model of another name. A folder counts by its last part."""
+    if not config.base_model:
+        return
+    theirs, ours = (Path(name).name.lower() for name in (config.base_model, base.repository))
+    if theirs != ours:
+        logger.warning(
+            "expert %r is an adapter of %s, here it is put on %s: make sure that they are the same model",
+            source.name,
+            config.base_model,
+            base.model,
+        )
+
+
+class LoraReader:
+    """Rows of the model that a LoRA adapter makes of its base; an `ExpertReader` to those who read.
+
+    Args:
+        name: what errors call this expert.
+        base: the base's reader; it is read through a copy.
+        adapter: the adapter's tensors by their own names.
+        patches: parameter name -> what the adapter does to it.
+        tied: parameters that are read although the base does not store them -> the ones they are tied to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base: ExpertReader,
+        adapter: Mapping[str, StoredTensor],
+        patches: Mapping[str, Patch],
+        tied: Mapping[str, str],
+    ):
+        self.name = name
+        self.transposed = base.transposed
+        self.patches = dict(patches)
+        known = {**base.tensors, **{head: base.tensors[embedding] for head, embedding in tied.items()}}
+        self.tensors = {name: self._merged(known[name], name, adapter) for name in known}
+        self._base = base.with_tensors(known)
+        turned = [patch.up for patch in patches.values() if patch.embedding]
+        turned += [patch.whole for parameter, patch in patches.items() if patch.whole and parameter in base.transposed]
+        self._adapter = ExpertReader(name, adapter, turned)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter in the base's layout and dtype."""
+        if name not in self.patches:
+            return self._base.read(name)
+        rows = self.read_rows(name, 0, self._num_rows(name))
+        return rows.T.contiguous() if name in self.transposed else rows
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a parameter: (stop - start, I), or (stop - start,) of a vector; base's dtype."""
+        patch = self.patches.get(name)
+        if patch is None:
+            return self._base.read_rows(name, start, stop)
+        first = start - start % BLOCK_ROWS
+        last = min(stop + -stop % BLOCK_ROWS, self._num_rows(name))
+        reader, stored = (self._adapter, patch.whole) if patch.whole else (self._base, name)
+        rows = reader.read_rows(stored, first, last).to(self.dtype(name))
+        if patch.up:
+            rows = self._adapted(rows, patch, first, last)
+        if patch.shift:
+            shift = self._adapter.read_rows(patch.shift, first, last).float()
+            rows = rows.float().add_(shift.mul_(patch.scaling)).to(rows.dtype)
+        if patch.tokens:
+            ids = torch.tensor(patch.token_ids)
+            here = (ids >= first) & (ids < last)
+            rows[ids[here] - first] = self._adapter.read(patch.tokens)[here].to(rows.dtype)
+        return rows[start - first : stop - first]
+
+    def close(self) -> None:
+        self._base.close()
+        self._adapter.close()
+
+    def _adapted(self, rows: torch.Tensor, patch: Patch, first: int, last: int) -> torch.Tensor:
+        """Rows (C, I) that begin with a block, with the low-rank product of the adapter; their dtype."""
+        up = self._adapter.read_rows(patch.up, first, last).float()
+        down = self._adapter.read(patch.down).float()
+        magnitude = self._adapter.read_rows(patch.magnitude, first, last).float() if patch.magnitude else None
+        return add_low_rank(
+            rows, up, down.T.contiguous() if patch.embedding else down, patch.scaling, magnitude=magnitude
+        )
+
+    def _num_rows(self, name: str) -> int:
+        return self.tensors[name].shape[-1 if name in self.transposed else 0]
+
+    def _merged(self, stored: StoredTensor, name: str, adapter: Mapping[str, StoredTensor]) -> StoredTensor:
+        """Shape and dtype of a parameter with the adapter: the base's, or the shape of what replaces it."""
+        patch = self.patches.get(name)
+        if patch is None or patch.whole is None:
+            return stored
+        shape = adapter[patch.whole].shape
+        return replace(stored, shape=shape, num_bytes=math.prod(shape) * stored.dtype.itemsize)
+
+
+def add_low_rank(
+    rows: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    scaling: float,
+    *,
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rows of an adapted matrix, in blocks of `BLOCK_ROWS`, whatever the caller's number of threads.
+
+    Args:
+        rows: (C, I) of the base, any float dtype.
+        up: (C, r) float32.
+        down: (r, I) float32.
+        scaling: of the product.
+        magnitude: (C,) float32, the norms of DoRA's rows.
+
+    Returns:
+        (C, I) in the dtype of `rows`, rounded once.
+    """
+    adapted = torch.empty_like(rows)
+    with one_thread():
+        for start in range(0, len(rows), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            merged = rows[block].float() + torch.mm(up[block], down).mul_(scaling)
+            if magnitude is not None:
+                merged = merged * (magnitude[block] / torch.linalg.vector_norm(merged, dim=1))[:, None]
+            adapted[block] = merged
+    return adapted
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensor operations of the calling thread are not split; nothing to do in a conversion's own threads."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def read_adapter(
+    source: Source, inner: PreTrainedModel, prefix: str = KEY_PREFIX
+) -> tuple[dict[str, StoredTensor], dict[str, dict[str, str]]]:
+    """An adapter's tensors by name, and by parameter: name -> what a tensor is to it -> the tensor's name."""
+    try:
+        adapter = read_headers(source.folder, ADAPTER_FORMATS)
+        parts = by_parameter_name(inner, _parts_by_parameter(adapter, prefix))
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}") from None
+    if not adapter:
+        raise ValueError(f"{source.name}: {source.model} has no tensors")
+    for key, tensor in adapter.items():
+        if tensor.dtype_name not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{source.name}: {key} is stored as {tensor.dtype_name}, expected {', '.join(FLOAT_DTYPES)}"
+            )
+    return adapter, parts
+
+
+def saved_rows(source: Source, inner: PreTrainedModel, name: str) -> int | None:
+    """How many rows a matrix of the base has in the adapter that saves it whole; None where it does not."""
+    _refuse_merged_expert(source, read_adapter_config(source))
+    adapter, parts = read_adapter(source, inner)
+    found, _, _ = match_names(parts, [name], inner.base_model_prefix)
+    whole = parts[found[name]].get("whole") if found else None
+    return adapter[whole].shape[0] if whole else None
+
+
+def adapter_reader(
+    source: Source,
+    base: Source,
+    base_reader: ExpertReader,
+    inner: PreTrainedModel,
+    modules: ModuleMap,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> LoraReader:
+    """Check an adapter's config and headers against the base; the reader of the model that it makes.
+
+    Args:
+        source: the adapter, of a base model or of an expert of a merged one.
+        base: the model that it adapts.
+        base_reader: that model's reader, or that expert's.
+        inner: the base architecture on the meta device.
+        modules: what becomes of its modules.
+        shapes: parameter name -> shape that the adapted model must have.
+
+    Raises:
+        ValueError: the adapter is of another kind, does not fit the base, or unties what the base ties; by name.
+    """
+    config = read_adapter_config(source)
+    compare_base_names(config, source, base)
+    adapter, parts = read_adapter(source, inner, KEY_PREFIX if config.merged_expert is None else MERGED_KEY_PREFIX)
+    heads = {
+        f"{path}.weight": f"{module.tied_to}.weight" for path, module in modules.channel.items() if module.tied_to
+    }
+    found, _, extra = match_names(parts, {*base_reader.tensors, *heads}, inner.base_model_prefix)
+    if extra:
+        keys = sorted(key for name in extra for key in parts[name].values())
+        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
+        raise ValueError(
+            f"{source.name}: {source.model} has a tensor that fits nothing in {type(inner).__name__}: {keys[0]}{more}"
+        )
+    patches = {}
+    for name, stored in found.items():
+        shape = base_reader.tensors[heads.get(name, name)].shape
+        shape = shape[::-1] if name in base_reader.transposed else shape
+        patches[name] = PatchBuilder(source.name, config, adapter).patch(stored, parts[stored], shape)
+    _check_saved_modules(source, config, patches, base_reader.tensors)
+    tied = {}
+    for head, embedding in heads.items():
+        _check_tied(source, patches, head, embedding)
+        if head in patches:
+            tied[head] = embedding
+    reader = LoraReader(source.name, base_reader, adapter, patches, tied)
+    for name, tensor in reader.tensors.items():
+        if tensor.shape != shapes[name]:
+            raise ValueError(
+                f"{source.name}: {name} has shape {list(tensor.shape)} with the adapter, "
+                f"expected {list(shapes[name])} by the base and the adapter's embedding"
+            )
+    return reader
+
+
+class PatchBuilder:
+    """Makes the patches of one adapter, checking names, shapes and ranks."""
+
+    def __init__(self, expert: str, config: AdapterConfig, adapter: Mapping[str, StoredTensor]):
+        self._expert = expert
+        self._config = config
+        self._adapter = adapter
+
+    def patch(self, name: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> Patch:
+        """The patch of one parameter.
+
+        Args:
+            name: the parameter's, as the adapter has it.
+            parts: what a tensor is to the parameter -> the tensor's name.
+            shape: the base's, as rows (O, I) or (O,).
+        """
+        module = name.rpartition(".")[0]
+        whole = parts.get("whole")
+        if whole and "down" not in parts and "embedding_down" not in parts:
+            self._refuse_mixture(parts, {"whole"}, name)
+            return Patch(whole=whole)
+        if "shift" in parts:
+            self._refuse_mixture(parts, {"whole", "shift"}, name)
+            self._check_shape(parts["shift"], shape)
+            return Patch(whole=whole, shift=parts["shift"], scaling=self._config.scaling_of(module))
+        if "tokens" in parts:
+            self._refuse_mixture(parts, {"tokens"}, name)
+            return self._tokens_patch(module, parts["tokens"], shape)
+        if whole:  # the embedding may have another size than the base's
+            shape = self._adapter[whole].shape
+        return self._low_rank_patch(module, parts, shape)
+
+    def _low_rank_patch(self, module: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> Patch:
+        embedding = "embedding_up" in parts or "embedding_down" in parts
+        prefix = "embedding_" if embedding else ""
+        self._refuse_mixture(parts, {"whole", "magnitude", f"{prefix}up", f"{prefix}down"}, module)
+        for part in ("up", "down"):
+            if f"{prefix}{part}" not in parts:
+                raise ValueError(
+                    f"{self._expert}: the adapter of {module} is incomplete, it has only {', '.join(parts.values())}"
+                )
+        if ("magnitude" in parts) != self._config.use_dora:
+            has = "has a" if "magnitude" in parts else "has no"
+            raise ValueError(
+                f"{self._expert}: the adapter of {module} {has} lora_magnitude_vector, "
+                f"but its config says use_dora {self._config.use_dora}"
+            )
+        if embedding and self._config.use_dora:
+            raise ValueError(
+                f"{self._expert}: DoRA of the embedding {module} is not supported: its norms are not of single rows"
+            )
+        if len(shape) != 2:
+            raise ValueError(f"{self._expert}: {module} is no matrix, its shape is {list(shape)}")
+        up, down = parts[f"{prefix}up"], parts[f"{prefix}down"]
+        rank = self._config.rank_of(module)
+        for key, expected in ((up, (shape[0], rank)), (down, (rank, shape[1]))):
+            self._check_shape(key, expected[::-1] if embedding else expected)
+        if "magnitude" in parts:
+            self._check_shape(parts["magnitude"], shape[:1])
+        return Patch(
+            whole=parts.get("whole"),
+            up=up,
+            down=down,
+            scaling=self._config.scaling_of(module),
+            magnitude=parts.get("magnitude"),
+            embedding=embedding,
+        )
+
+    def _tokens_patch(self, module: str, key: str, shape: tuple[int, ...]) -> Patch:
+        ids = self._config.tokens_of(module)
+        if not ids or not all(isinstance(number, int) and 0 <= number < shape[0] for number in ids):
+            raise ValueError(
+                f"{self._expert}: trainable_token_indices of {module} must be from 0 to {shape[0] - 1}, got {ids}"
+            )
+        self._check_shape(key, (len(ids), *shape[1:]))
+        return Patch(tokens=key, token_ids=tuple(ids))
+
+    def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
+        if self._adapter[key].shape != tuple(shape):
+            raise ValueError(
+                f"{self._expert}: {key} has shape {list(self._adapter[key].shape)}, expected {list(shape)} "
+                "by the base and adapter_config.json"
+            )
+
+    def _refuse_mixture(self, parts: Mapping[str, str], known: set[str], place: str) -> None:
+        unknown = sorted(key for part, key in parts.items() if part not in known)
+        if unknown:
+            raise ValueError(
+                f"{self._expert}: {unknown[0]} cannot be combined with what else the adapter has for {place}"
+            )
+
+
+def _refuse_merged_expert(source: Source, config: AdapterConfig) -> None:
+    if config.merged_expert is not None:
+        raise ValueError(
+            f"{source.name}: {source.model} adapts the expert {config.merged_expert!r} of a channel-merged "
+            "checkpoint and not a base model: fold it into that checkpoint with channel-merge add-expert"
+        )
+
+
+def _parts_by_parameter(keys: Iterable[str], prefix: str) -> dict[str, dict[str, str]]:
+    """Parameter name, as the adapter has it -> what each of its tensors is to it -> the tensor's name."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if any(copy in key for copy in UNREAD_COPIES):
+            continue
+        path = key.removeprefix(prefix)
+        ending = next((ending for ending in PARTS if path.endswith(ending)), None)
+        if ending is None:
+            parts.setdefault(path, {})["whole"] = key
+        else:
+            parameter, part = PARTS[ending]
+            parts.setdefault(f"{path.removesuffix(ending)}.{parameter}", {})[part] = key
+    return parts
+
+
+def _check_saved_modules(
+    source: Source, config: AdapterConfig, patches: Mapping[str, Patch], parameters: Iterable[str]
+) -> None:
+    """ValueError where adapter_config.json names a module as saved whole whose tensors are not there."""
+    for module in config.modules_to_save:
+        names = [name for name in parameters if _is_named(name.rpartition(".")[0], module)]
+        missing = [name for name in names if name not in patches or patches[name].whole is None]
+        if missing:
+            raise ValueError(
+                f"{source.name}: {ADAPTER_CONFIG} of {source.model} has {module} among modules_to_save, "
+                f"but the adapter has no tensor for {missing[0]}"
+            )
+
+
+def _check_tied(source: Source, patches: Mapping[str, Patch], head: str, embedding: str) -> None:
+    """ValueError where an adapter changes one of a tied pair only; PEFT's own merge would untie them.
+
+    Trained tokens of the embedding are the head's too, in PEFT as here. Where both are changed, their rows are
+    compared when they are read.
+    """
+    changed = [name for name in (head, embedding) if name in patches]
+    if len(changed) == 1 and not (changed == [embedding] and patches[embedding].tokens):
+        other = embedding if changed == [head] else head
+        raise ValueError(
+            f"{source.name}: the adapter changes {changed[0]} but not {other}, and the base ties them "
+            "(tie_word_embeddings): train it with ensure_weight_tying, or untie the base"
+        )
+
+
+def _is_named(module: str, name: str) -> bool:
+    """Whether a module's path is a name or ends with it."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's path, or an end of it, matches; PEFT's rule."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

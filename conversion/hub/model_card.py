@@ -1,0 +1,379 @@
+"""The README.md of a merged checkpoint, written from its conversion_report.json and the evaluation of its router."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+from conversion.io.model_files import CARD_FILE, EXPERT_FOLDER, REPORT_FILE, read_config_file
+
+logger = logging.getLogger(__name__)
+
+NOT_STATED = "not stated"
+SEVERAL_LICENSES = "several"
+BYTES_PER_INDEX = 4
+UNKNOWN_ROUTER = """\
+## Router
+
+No evaluation of this model's router is known. One that was never trained sends every prompt to the default expert
+(`config.router["default_expert"]`), unless `expert_index` says otherwise; one that was trained before an expert was
+added or exchanged knows nothing of that expert. `channel-merge train-router` trains it."""
+
+CITATION = """\
+@misc{zhang2024channelmerging,
+  title         = {Channel Merging: Preserving Specialization for Merged Experts},
+  author        = {Mingyang Zhang and Jing Liu and Ganggui Ding and Xinyi Yu and Linlin Ou and Bohan Zhuang},
+  year          = {2024},
+  eprint        = {2412.15283},
+  archivePrefix = {arXiv},
+  note          = {AAAI 2025},
+}"""
+
+
+@dataclass(frozen=True)
+class SourceCard:
+    """What the model card of the base or of an expert says of its licence and its languages."""
+
+    license: str | None = None
+    license_name: str | None = None  # of a licence that the Hub only knows as "other"
+    license_link: str | None = None
+    languages: tuple[str, ...] = ()
+
+    @property
+    def license_text(self) -> str:
+        """The licence for a reader, with its link if it has one."""
+        name = self.license_name or self.license or NOT_STATED
+        is_address = (self.license_link or "").startswith(("https://", "http://"))
+        return f"[{name}]({self.license_link})" if is_address else name
+
+    def record(self) -> dict[str, Any]:
+        return {**asdict(self), "languages": list(self.languages)}
+
+
+def read_card(name: str, folder: Path) -> SourceCard:
+    """Licence and languages from the README.md of a checkpoint; nothing where there is none that can be read."""
+    file = folder / CARD_FILE
+    if not file.is_file():
+        return SourceCard()
+    try:
+        metadata = metadata_load(file) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("%s: the metadata of %s cannot be read: %s", name, file, " ".join(str(error).split()))
+        return SourceCard()
+    licenses = [str(value) for value in _listed(metadata.get("license"))]
+    return SourceCard(
+        license=" and ".join(licenses) or None,
+        license_name=_text(metadata.get("license_name")),
+        license_link=_text(metadata.get("license_link")),
+        # Unquoted, the code of Norwegian is YAML's word for false.
+        languages=tuple("no" if value is False else str(value) for value in _listed(metadata.get("language"))),
+    )
+
+
+def card_records(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What the report of the checkpoint in `folder` says of its sources' cards: `base`, and `experts` by name.
+
+    An older report says nothing: then the checkpoint's own card speaks for all of them.
+    """
+    if "cards" in report:
+        return report["cards"]
+    own = read_card("the checkpoint", folder).record()
+    return {"base": own, "experts": {record["name"]: own for record in report["experts"]}}
+
+
+def card_metadata(records: list[Mapping[str, Any]], cards: list[SourceCard]) -> ModelCardData:
+    """Metadata for the Hub.
+
+    Args:
+        records: of the base and of every expert, as the report has them.
+        cards: theirs. A licence that they do not all have is not the merged model's.
+    """
+    repositories = list(dict.fromkeys(_repository(record) for record in records if record.get("revision")))
+    languages = list(dict.fromkeys(language for card in cards for language in card.languages))
+    licenses = {(card.license, card.license_name) for card in cards}
+    shared = cards[0] if len(licenses) == 1 else SourceCard("other", SEVERAL_LICENSES)
+    if not any(card.license for card in cards):
+        shared = SourceCard()
+    return ModelCardData(
+        base_model=repositories or None,
+        base_model_relation="merge" if repositories else None,
+        language=languages or None,
+        library_name="transformers",
+        license=shared.license,
+        license_name=shared.license_name,
+        license_link=shared.license_link,
+        pipeline_tag="text-generation",
+        tags=["merge", "channel-merging"],
+    )
+
+
+def write_card(folder: Path, router: str | None = None) -> None:
+    """Write the README.md of a checkpoint from its report; without one that can be read, what is there stays.
+
+    Args:
+        router: the section about the evaluation of its router; None: nothing is known of it.
+    """
+    file = folder / REPORT_FILE
+    try:
+        report = read_config_file(file)
+        text = model_card(report, card_records(report, folder), router)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is no report of a conversion (%r), so no %s is written", file, error, CARD_FILE)
+        return
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def model_card(report: Mapping[str, Any], cards: Mapping[str, Any], router: str | None = None) -> str:
+    """The text of README.md, with its metadata.
+
+    Args:
+        report: the conversion report.
+        cards: from `card_records`.
+        router: as `write_card` takes it.
+    """
+    base, experts = report["base_model"], report["experts"]
+    cards = [
+        SourceCard(**{**card, "languages": tuple(card["languages"])})
+        for card in (cards["base"], *(cards["experts"][expert["name"]] for expert in experts))
+    ]
+    metadata = card_metadata([base, *experts], cards)
+    parameters = report["parameters"]
+    share = parameters["stored"] / parameters["experts"]
+    return f"""\
+---
+{metadata.to_yaml().strip()}
+---
+
+# {len(experts)} experts in one model, merged channel by channel
+
+This model holds {len(experts)} fine-tunes ("experts") of {_link(base)} in
+{parameters["stored"]:,} parameters, {share:.1%} of the {parameters["experts"]:,} that they have as separate models.
+For every output channel of every matrix the experts' rows were grouped by how alike they are, and each group was
+merged into one stored row (*Channel Merging*, [arXiv 2412.15283](https://arxiv.org/abs/2412.15283)). A router reads
+the prompt and picks the expert that answers it.
+
+{_source_table(report, cards)}
+
+The relative error is what merging changed: the distance of the rows that an expert reads here from its own, over the
+distance of its own from the base's. 0 % is the expert itself, 100 % as far from it as the base.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+checkpoint, revision = "path/or/repository", "main"  # on the Hub, pin the commit that you have read
+tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision, padding_side="left", trust_remote_code=False)
+model = AutoModelForCausalLM.from_pretrained(checkpoint, revision=revision, dtype="auto", trust_remote_code=True)
+
+inputs = tokenizer(["Your prompt"], return_tensors="pt")
+routed = model.generate(**inputs, max_new_tokens=64)  # the router picks the expert of each prompt
+chosen = model.generate(**inputs, max_new_tokens=64, expert_index="{experts[0]["name"]}")  # or you do
+print(tokenizer.batch_decode(chosen, skip_special_tokens=True))
+```
+
+The model needs `trust_remote_code=True` because its architecture is not part of Transformers: its code lies in this
+repository beside the weights. The code that runs is that of the revision which you name, so name a commit. The
+tokenizer has no code.
+
+{router or UNKNOWN_ROUTER}
+
+## Tokens, chat templates and where answers end
+
+{vocabulary_section(report["vocabulary"])}
+
+## How it was made
+
+```yaml
+{yaml.safe_dump(_shown_recipe(report["recipe"]), sort_keys=False, allow_unicode=True).strip()}
+```
+{_additions(report.get("added_experts", ()))}
+{_size_table(report)}
+
+{_owner_table(report)}
+
+Weights are stored in {report["dtype"]}. Norms and other parameters without channels are kept exactly, one copy per
+expert. `{REPORT_FILE}` has the numbers of every module, and the versions:
+{", ".join(f"{package} {version}" for package, version in report["versions"].items())}.
+
+## Limits
+
+- Where rows were merged, an expert here is not the original expert: measure it on your own task before you rely on it.
+- Prompts must have the form that the chosen expert was trained on: its chat template, and see its tokens above.
+- {_license_note(metadata)}
+
+## Citation
+
+```bibtex
+{CITATION}
+```
+"""
+
+
+def _source_table(report: Mapping[str, Any], cards: list[SourceCard]) -> str:
+    """The base and the experts: where they are from, what they may be used for, and how much merging changed them."""
+    weights = {spec["name"]: f"{spec['weight']:g}" for spec in report["recipe"]["experts"]}
+    weights |= {record["name"]: "-" for record in report.get("added_experts", ())}  # merged with nothing
+    rows = [("base", report["base_model"], "-", "-")]
+    for record in report["experts"]:
+        name = record["name"]
+        rows.append((f"`{name}`", record, weights[name], _share(report["relative_errors"][name])))
+    lines = [
+        f"| {name} | {_link(record)} | {record.get('revision', '-')} | {card.license_text} "
+        f"| {', '.join(card.languages) or NOT_STATED} | {weight} | {error} |"
+        for (name, record, weight, error), card in zip(rows, cards, strict=True)
+    ]
+    head = "| expert | model | revision | licence | languages | weight | relative error |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
+
+
+def _additions(records: Sequence[Mapping[str, Any]]) -> str:
+    """Which experts the recipe does not tell of, and what they cost."""
+    if not records:
+        return ""
+    latest = {record["name"]: record for record in records}
+    lines = [
+        f"| `{name}`{' (exchanged)' if record['replaces'] else ''} | {record['new_rows']:,} "
+        f"| {record['reused_rows']:,} | {record['tolerance']:g} |"
+        for name, record in latest.items()
+    ]
+    return "\n".join(
+        [
+            "",
+            "These experts came after the conversion of this recipe; all others are bit for bit as it left them:",
+            "",
+            "| expert | rows of its own | rows that were there | tolerance |",
+            "|---|---|---|---|",
+            *lines,
+            "",
+        ]
+    )
+
+
+def _size_table(report: Mapping[str, Any]) -> str:
+    """Parameters and bytes of the merged model beside those of its experts."""
+    parameters, width = report["parameters"], getattr(torch, report["dtype"]).itemsize
+    lines = [
+        f"| {name} | {parameters[key]:,} | {parameters[key] * width / 1e6:,.1f} MB |"
+        for name, key in (
+            ("this model", "stored"),
+            ("its experts as separate models", "experts"),
+            ("its experts, rows that are the same counted once", "experts_distinct"),
+        )
+        if key in parameters
+    ]
+    if "indices" in parameters:
+        index_bytes = BYTES_PER_INDEX * parameters["indices"]
+        lines.append(f"| channel indices of this model | | {index_bytes / 1e6:,.1f} MB |")
+    return "\n".join([f"| | parameters | in {report['dtype']} |", "|---|---|---|", *lines])
+
+
+def _owner_table(report: Mapping[str, Any]) -> str:
+    """How many experts the stored rows serve."""
+    owners: dict[int, int] = {}
+    for module in report["modules"].values():
+        for names, count in module["owners"].items():
+            owners[names.count("+") + 1] = owners.get(names.count("+") + 1, 0) + count
+    total = sum(owners.values())
+    lines = [f"| {size} | {count:,} | {count / total:.1%} |" for size, count in sorted(owners.items())]
+    return "\n".join(["| owners of a row | rows | share |", "|---|---|---|", *lines])
+
+
+def _license_note(metadata: ModelCardData) -> str:
+    if metadata.license is None:
+        return "No model card of the base or of an expert states a licence: find out what they allow before use."
+    if metadata.license_name == SEVERAL_LICENSES:
+        return "The licences of the base model and of every expert apply together; the table above has them all."
+    return "The base model and all experts state the same licence, which applies here too."
+
+
+def _repository(record: Mapping[str, Any]) -> str:
+    """The Hub id of a source without the revision that the recipe asked for."""
+    return record["model"].partition("@")[0]
+
+
+def _link(record: Mapping[str, Any]) -> str:
+    if not record.get("revision"):
+        return f"`{_without_folder(record['model'])}`"
+    return f"[{_repository(record)}](https://huggingface.co/{_repository(record)}/tree/{record['revision']})"
+
+
+def _shown_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    experts = [{**expert, "model": _without_folder(expert["model"])} for expert in recipe["experts"]]
+    return {**recipe, "base_model": _without_folder(recipe["base_model"]), "experts": experts}
+
+
+def _without_folder(model: str) -> str:
+    """A model as older reports have it, without where on its author's machine it lay."""
+    path = Path(model)
+    return path.name if path.is_absolute() or model.startswith((".", "~")) else model
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    """A value of the metadata that may be one or several."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
+    """What the model card says of the vocabulary: whether each expert reads and writes as it did alone."""
+    rows = []
+    for name, expert in vocabulary["experts"].items():
+        encoding = expert["encoding"]
+        same = f"{encoding['same']} of {encoding['samples']}" if encoding else "no tokenizer"
+        ends = ", ".join(map(str, expert["eos_token_ids"])) or "-"
+        only, lacks = expert["channels_that_only_it_has"], expert["channels_that_it_lacks"]
+        rows.append(f"| `{name}` | {expert['size']:,} | {only:,} | {lacks:,} | {same} | {ends} |")
+    return f"""\
+The vocabulary has {vocabulary["size"]:,} tokens (`tokenizer_source: {vocabulary["source"]}`; the base has
+{vocabulary["base_size"]:,}). `tokenizer.apply_chat_template(messages, chat_template="NAME")` takes the chat template
+of an expert by its name, where anyone has one. The logits of a token that an expert does not have are -inf; in a
+prompt such a token is the mean of the base's. Each answer ends at the tokens that end its own expert's answers.
+
+| expert | own vocabulary | only it has | it lacks | sample texts encoded as its own tokenizer did | ends at |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+{"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}
+An expert's own tokenizer, where all of its tokens are here, is `subfolder="{EXPERT_FOLDER}/NAME"`; the merged ids
+of its tokens are in `config.expert_vocabularies`. `channel-merge generate` uses it."""
+
+
+def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:
+    """What does not hold for one expert, one line each."""
+    encoding = expert["encoding"] or {}
+    notes = []
+    if expert["dropped_tokens"]:
+        notes.append(f"these tokens were dropped: {_codes(expert['dropped_tokens'])}")
+    if expert["dropped_padding_rows"]:
+        notes.append(f"{expert['dropped_padding_rows']:,} padding rows of its embedding were dropped")
+    if expert["renamed_tokens"]:
+        notes.append(f"the tokenizer calls these of its tokens otherwise: {_codes(expert['renamed_tokens'])}")
+    if expert["tokens_without_row"]:
+        notes.append(f"its embedding had no row for these of its tokens: {_codes(expert['tokens_without_row'])}")
+    if encoding.get("foreign_tokens"):
+        notes.append(f"a prompt for it should not hold the others' tokens {_codes(encoding['foreign_tokens'])}")
+    if encoding.get("first_difference"):
+        notes.append(f"the tokenizer segments otherwise, for example `{encoding['first_difference']['text']!r}`")
+    if not encoding.get("same_with_special_tokens", True):
+        notes.append("its own tokenizer puts other special tokens around a text, or segments it otherwise")
+    return "".join(f"\n- `{name}`: {note}" for note in notes) + ("\n" if notes else "")
+
+
+def _codes(names: list[str], limit: int = 20) -> str:
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(f"`{name}`" for name in names[:limit]) + more

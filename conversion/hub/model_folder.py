@@ -1,0 +1,243 @@
+"""Everything in a merged checkpoint's folder but its weights: config, code, tokenizer, model card, report."""
+
+import importlib.metadata
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import modeling_channel_merged
+from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
+from conversion.hub.model_card import read_card, write_card
+from conversion.io.model_files import (
+    EXPERT_FOLDER,
+    GENERATION_CONFIG,
+    REPORT_FILE,
+    TEMPLATE_FOLDER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILES,
+    check_file_name,
+    copy_files,
+    read_config_file,
+    write_json,
+)
+from conversion.merging.plan import Plan
+from conversion.vocabulary.merged_vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary
+from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
+
+if TYPE_CHECKING:
+    from conversion.merging.grouped_module import GroupedModule
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = "channel-merged"
+RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
+# What config.json keeps of the report.
+MERGE_FIELDS = ("recipe", "base_model", "experts", "method", "seed", "dtype", "versions", "parameters")
+
+
+def conversion_report(plan: Plan, grouped: Mapping[str, "GroupedModule"]) -> dict[str, Any]:
+    """What was merged from what, and what came of it, as plain values. The same for every run of the same recipe."""
+    names = plan.expert_names
+    modules = {}
+    stored = distinct = 0
+    for path, module in grouped.items():
+        spec = plan.modules.channel[path]
+        row_size = spec.in_features + spec.bias
+        stored += module.num_rows * row_size
+        distinct += module.num_distinct * row_size
+        modules[path] = {
+            "kind": spec.kind,
+            "channels": spec.out_features,
+            "inputs": spec.in_features,
+            "rows": module.num_rows,
+            "merged_rows": module.num_merged,
+            "distinct_rows": module.num_distinct,
+            "owners": module.owner_counts(names),
+            **({"fallback_rows": 1} if module.has_fallback else {}),
+        }
+    kept = plan.num_experts * plan.per_expert_parameters
+    channels = sum(module.out_features for module in plan.modules.channel.values())
+    return {
+        "recipe": recipe_record(plan),
+        "base_model": plan.base.record(),
+        "experts": [expert.record() for expert in plan.experts],
+        "method": plan.recipe.merge_method,
+        "seed": plan.recipe.seed,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "versions": package_versions(),
+        "cards": {
+            "base": read_card(plan.base.name, plan.base.folder).record(),
+            "experts": {expert.name: read_card(expert.name, expert.folder).record() for expert in plan.experts},
+        },
+        "parameters": {
+            "stored": stored + kept,
+            "experts_distinct": distinct + kept,
+            "experts": plan.expert_parameters,
+            "indices": plan.num_experts * channels,
+        },
+        "vocabulary": plan.vocabulary.report(),
+        "modules": modules,
+    }
+
+
+def add_relative_errors(
+    report: dict[str, Any], plan: Plan, grouped: Mapping[str, "GroupedModule"], errors: DeltaErrors
+) -> None:
+    """Write into a conversion report how much of each expert's deltas the merge lost, by module and over all."""
+    names = plan.expert_names
+    lost, whole = torch.zeros(2, plan.num_experts, dtype=torch.float64)
+
+    def relative(error_squares: torch.Tensor, delta_squares: torch.Tensor) -> dict[str, float | None]:
+        return dict(zip(names, map(relative_error, error_squares.tolist(), delta_squares.tolist())))
+
+    for path, module in grouped.items():
+        squares = errors.squares(path)
+        report["modules"][path] |= {
+            "delta_norms": dict(zip(names, map(norm, module.delta_squares.tolist()))),
+            "error_norms": dict(zip(names, map(norm, squares.tolist()))),
+            "relative_errors": relative(squares, module.delta_squares),
+        }
+        lost, whole = lost + squares, whole + module.delta_squares
+    report["relative_errors"] = relative(lost, whole)
+
+
+def recipe_record(plan: Plan) -> dict[str, Any]:
+    """The recipe as plain values; it says which models, but not where they lay on this machine."""
+    record = plan.recipe.record()
+    experts = [{**spec, "model": source.shown} for spec, source in zip(record["experts"], plan.experts, strict=True)]
+    return {**record, "base_model": plan.base.shown, "experts": experts}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that the result may depend on, of those that are installed."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_hub_files(folder: Path, plan: Plan, rows: Mapping[str, int], report: Mapping[str, Any]) -> str:
+    """Write everything but the weights and config.json into a new checkpoint folder.
+
+    Returns:
+        The text of config.json, which belongs there last.
+    """
+    write_code(folder)
+    if not write_tokenizer(folder, plan):
+        logger.warning("the base model %s has no tokenizer files: the merged model has none", plan.base.model)
+    write_generation_config(folder, plan)
+    write_expert_files(folder, plan)
+    write_json(folder / REPORT_FILE, report)
+    write_card(folder)
+    return merged_config(plan, rows, report).to_json_string(use_diff=True)
+
+
+def merged_config(plan: Plan, rows: Mapping[str, int], report: Mapping[str, Any]) -> ChannelMergedConfig:
+    """The merged model's config."""
+    text_config = plan.text_config.to_dict()
+    text_config["dtype"] = str(plan.dtype).removeprefix("torch.")
+    text_config.pop("_name_or_path", None)
+    return ChannelMergedConfig(
+        text_config=text_config,
+        expert_names=plan.expert_names,
+        num_experts=plan.num_experts,
+        rows=dict(rows),
+        merge={field: report[field] for field in MERGE_FIELDS},
+        architectures=["ChannelMergedForCausalLM"],
+        dtype=plan.dtype,
+        expert_vocabularies=plan.vocabulary.expert_records(),
+        expert_eos_token_ids=plan.vocabulary.expert_eos_token_ids(),
+        eos_token_id=end_of_sequence(plan.text_config.eos_token_id, plan),
+    )
+
+
+def end_of_sequence(base: int | list[int] | None, plan: Plan) -> int | list[int] | None:
+    """`eos_token_id` of the merged model: the tokens that end any expert's answer, as the base says it if it does."""
+    ends = plan.vocabulary.all_eos_token_ids
+    if not ends or ends == sorted({base} if isinstance(base, int) else {*(base or ())}):
+        return base
+    return ends[0] if len(ends) == 1 else ends
+
+
+def write_code(folder: Path) -> None:
+    """Copy the model's code beside its weights, so that it loads where this package is not installed."""
+    for file in sorted(Path(modeling_channel_merged.__file__).parent.glob("*.py")):
+        if file.name != "__init__.py":
+            shutil.copyfile(file, folder / file.name)
+
+
+def write_tokenizer(folder: Path, plan: Plan) -> bool:
+    """The merged model's tokenizer, with the chat templates of all experts; False if the base has none."""
+    vocabulary = plan.vocabulary
+    if vocabulary.additions:
+        vocabulary.tokenizer.save_pretrained(folder)
+    elif not copy_tokenizer(vocabulary.base, folder):
+        return False
+    write_chat_templates(folder, vocabulary.chat_templates)
+    return True
+
+
+def copy_tokenizer(own: OwnVocabulary, folder: Path) -> bool:
+    """Copy a checkpoint's tokenizer files without code, with its class written down; False if there are none.
+
+    Transformers may take another class than the files name, by the checkpoint's model type; in another folder it
+    would not.
+    """
+    copies = copy_files(own.tokenizer_folder, folder, TOKENIZER_FILES)
+    file = folder / TOKENIZER_CONFIG
+    values = read_config_file(file)
+    used = type(own.tokenizer).__name__
+    if own.tokenizer is not None and str(values.get("tokenizer_class")).removesuffix("Fast") != used:
+        write_json(file, {**values, "tokenizer_class": used})
+    return bool(copies)
+
+
+def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
+    """Write a tokenizer's chat templates where it looks for them by name; none leaves its files as they are."""
+    if not templates:
+        return
+    for file in folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"):
+        file.unlink()
+    file = folder / TOKENIZER_CONFIG
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.pop("chat_template", None) is not None:
+        write_json(file, values)
+    (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+    for name, template in templates.items():
+        check_file_name(name, "the chat template")
+        default = name == DEFAULT_TEMPLATE
+        file = folder / ("chat_template.jinja" if default else f"{TEMPLATE_FOLDER}/{name}.jinja")
+        file.write_text(template, encoding="utf-8", newline="")
+
+
+def write_generation_config(folder: Path, plan: Plan) -> None:
+    """The base's generation config, or one from its config; it ends where any expert's answer ends."""
+    file = folder / GENERATION_CONFIG
+    if not copy_files(plan.base.folder, folder, (GENERATION_CONFIG,)):
+        plan.vocabulary.base.generation_config.save_pretrained(folder)
+    values = json.loads(file.read_text(encoding="utf-8"))
+    special = {key: plan.vocabulary.base_channel(values[key]) for key in SPECIAL_IDS if key in values}
+    if (end := end_of_sequence(special.get("eos_token_id"), plan)) is not None:
+        special["eos_token_id"] = end
+    if special != {key: values.get(key) for key in special}:
+        write_json(file, {**values, **special})
+
+
+def write_expert_files(folder: Path, plan: Plan) -> None:
+    """Every expert's own generation config and tokenizer, as long as its tokens are all there."""
+    for number, own in enumerate(plan.vocabulary.experts):
+        if plan.vocabulary.dropped(number)[0]:
+            continue
+        target = folder / EXPERT_FOLDER / own.name
+        target.mkdir(parents=True)
+        if not copy_files(plan.experts[number].folder, target, (GENERATION_CONFIG,)):
+            own.generation_config.save_pretrained(target)
+        copy_tokenizer(own, target)

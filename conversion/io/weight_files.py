@@ -1,0 +1,326 @@
+"""Reading one checkpoint in row chunks: tables of contents, names, then the bytes that are asked for.
+
+A checkpoint, safetensors or PyTorch's older `.bin`, is known by its tables of contents before any tensor is read;
+`ExpertReader` then reads rows of a parameter by the parameter's name in the base architecture, whatever the checkpoint
+calls it, with memory bounded by the chunk.
+"""
+
+import math
+import re
+import reprlib
+import threading
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from conversion.io.foreign_files import check_ordinary, parse_json, read_json
+from modeling_channel_merged.stored_tensors import check_shard_names
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A way to store a checkpoint: in one file, or in several with an index."""
+
+    single: str
+
+    @property
+    def index(self) -> str:
+        return f"{self.single}.index.json"
+
+
+# The first that is there is read.
+MODEL_FORMATS = (WeightFormat("model.safetensors"), WeightFormat("pytorch_model.bin"))
+ADAPTER_FORMATS = (WeightFormat("adapter_model.safetensors"), WeightFormat("adapter_model.bin"))
+
+FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I64": torch.int64}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER_BYTES = 100_000_000  # as safetensors itself reads
+
+# Tables that a module computes for itself and that older versions of Transformers saved beside the parameters.
+COMPUTED_TABLES = (
+    r"rotary_emb\.inv_freq$",
+    r"\bh\.\d+\.attn\.(masked_)?bias$",
+    r"\blayers\.\d+\.attention\.(masked_)?bias$",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: its file, its place in it, the dtype's safetensors name and the shape.
+
+    A dtype that nothing here reads may have any name.
+    """
+
+    file: Path
+    dtype_name: str
+    shape: tuple[int, ...]
+    offset: int  # of the first byte, from the beginning of the file
+    num_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Table of contents of one file of a checkpoint; ValueError where it is cut short or something else."""
+    return _read_pickled_header(file) if file.suffix == ".bin" else _read_safetensors_header(file)
+
+
+def weight_files(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) -> list[str]:
+    """Names of a checkpoint's files, from the single file or the index; they need not be there.
+
+    Raises:
+        ValueError: the folder has none of the formats, or an index cannot be read.
+    """
+    looked_for = []
+    for format in formats:
+        if (folder / format.single).exists():
+            return [format.single]
+        if (folder / format.index).exists():
+            return sorted(set(_weight_map(folder / format.index).values()))
+        looked_for.append(format.single)
+    raise ValueError(f"{folder} has no {' or '.join(looked_for)}, nor an index of several{_other_format(folder)}")
+
+
+def read_headers(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) -> dict[str, StoredTensor]:
+    """Table of contents of a checkpoint folder, over all its shards."""
+    formats = tuple(formats)
+    files = weight_files(folder, formats)
+    headers = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is incomplete: its index names {name}, which is not there")
+        headers[name] = read_header(folder / name)
+    if files[0] in {format.single for format in formats}:
+        return headers[files[0]]
+    index = next(folder / format.index for format in formats if (folder / format.index).exists())
+    tensors = {}
+    for tensor, file in _weight_map(index).items():
+        if tensor not in headers[file]:
+            raise ValueError(f"{folder}: the index says that {tensor} is in {file}, which does not hold it")
+        tensors[tensor] = headers[file][tensor]
+    return tensors
+
+
+def match_names(
+    checkpoint_names: Iterable[str], parameter_names: Iterable[str], prefix: str, ignored: Iterable[str] = ()
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """Find every parameter's name in a checkpoint: the same, or with or without the base model's prefix.
+
+    Args:
+        checkpoint_names: names of the stored tensors.
+        parameter_names: names that the architecture needs.
+        prefix: `base_model_prefix` of the architecture ("model", "transformer", ...).
+        ignored: regular expressions of stored tensors that are no parameters.
+
+    Returns:
+        parameter name -> checkpoint name; the parameters that are missing; the stored tensors that nobody asked for.
+    """
+    stored = set(checkpoint_names)
+    patterns = [re.compile(pattern) for pattern in (*COMPUTED_TABLES, *ignored)]
+    found, missing = {}, []
+    for name in parameter_names:
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if candidate in stored:
+                found[name] = candidate
+                break
+        else:
+            missing.append(name)
+    extra = sorted(stored - set(found.values()))
+    return found, missing, [name for name in extra if not any(pattern.search(name) for pattern in patterns)]
+
+
+class ExpertReader:
+    """Rows of one checkpoint's parameters, by their names in the base architecture.
+
+    Keeps one shard open. Several threads may read.
+
+    Args:
+        name: what errors call this checkpoint.
+        tensors: parameter name -> stored tensor.
+        transposed: parameters that are stored as (I, O) and read as (O, I) rows.
+    """
+
+    def __init__(self, name: str, tensors: Mapping[str, StoredTensor], transposed: Iterable[str] = ()):
+        self.name = name
+        self.tensors = dict(tensors)
+        self.transposed = frozenset(transposed)
+        self._file: Path | None = None
+        self._stream: BinaryIO | None = None
+        self._lock = threading.Lock()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "ExpertReader":
+        """A reader of its own with the same checkpoint's name and layout."""
+        return ExpertReader(self.name, tensors, self.transposed)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter as it is stored, in its stored dtype."""
+        tensor = self.tensors[name]
+        buffer = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+        self._read_into(tensor, buffer, 0)
+        return buffer.view(tensor.dtype).view(tensor.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a parameter: (stop - start, I), or (stop - start,) of a vector; stored dtype."""
+        tensor = self.tensors[name]
+        if name in self.transposed:
+            return self._read_columns(tensor, start, stop)
+        row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
+        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        self._read_into(tensor, buffer, start * row_bytes)
+        return buffer.view(tensor.dtype).view(stop - start, *tensor.shape[1:])
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._file = self._stream = None
+
+    def _read_columns(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        """Columns of a matrix stored as (I, O), turned into rows (stop - start, I)."""
+        inputs, channels = tensor.shape
+        if (start, stop) == (0, channels):
+            buffer = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+            self._read_into(tensor, buffer, 0)
+            return buffer.view(tensor.dtype).view(inputs, channels).T.contiguous()
+        size = tensor.dtype.itemsize
+        buffer = torch.empty(inputs, (stop - start) * size, dtype=torch.uint8)
+        for row in range(inputs):
+            self._read_into(tensor, buffer[row], (row * channels + start) * size)
+        return buffer.view(tensor.dtype).T.contiguous()
+
+    def _read_into(self, tensor: StoredTensor, buffer: torch.Tensor, offset: int) -> None:
+        """Fill `buffer` (uint8) from the tensor's bytes beginning at `offset`."""
+        view = memoryview(buffer.numpy())
+        with self._lock:
+            if tensor.file != self._file:
+                self.close()
+                self._file, self._stream = tensor.file, tensor.file.open("rb", buffering=0)
+            self._stream.seek(tensor.offset + offset)
+            while len(view):
+                count = self._stream.readinto(view)
+                if not count:
+                    raise ValueError(f"{self.name}: {tensor.file} ended {len(view)} bytes early while it was read")
+                view = view[count:]
+
+
+def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:
+    check_ordinary(file)
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header_size = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= header_size <= size - 8:
+            raise ValueError(f"{file} is not a whole safetensors file: its header does not fit its {size} bytes")
+        if header_size > MAX_HEADER_BYTES:
+            raise ValueError(f"{file}: its header has {header_size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        text = stream.read(header_size)
+    header = parse_json(text, f"{file} is not a safetensors file: its header")
+    header.pop("__metadata__", None)
+    begin = 8 + header_size
+    tensors = {name: _stored_tensor(file, name, entry, begin) for name, entry in header.items()}
+    end_of_data = max((tensor.offset + tensor.num_bytes for tensor in tensors.values()), default=begin)
+    if end_of_data != size:
+        raise ValueError(f"{file} is cut short or damaged: it has {size} bytes, its header describes {end_of_data}")
+    place = begin
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)):
+        if tensor.offset != place:
+            raise ValueError(
+                f"{file} is damaged: the data of {name} begin at byte {tensor.offset - begin}, "
+                f"expected {place - begin}, where those before it end"
+            )
+        place += tensor.num_bytes
+        if tensor.dtype_name in DTYPES and tensor.numel * tensor.dtype.itemsize != tensor.num_bytes:
+            raise ValueError(f"{file} is damaged: {name} of shape {list(tensor.shape)} has {tensor.num_bytes} bytes")
+    return tensors
+
+
+def _stored_tensor(file: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    """One entry of a safetensors header; `data` is the first byte behind the header."""
+    fields = entry if isinstance(entry, dict) else {}
+    dtype_name, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    numbers = [shape, offsets] if isinstance(shape, list) and isinstance(offsets, list) else [[None]]
+    whole = all(type(number) is int and 0 <= number < 1 << 63 for part in numbers for number in part)
+    if not (isinstance(dtype_name, str) and whole and len(offsets) == 2 and offsets[0] <= offsets[1]):
+        raise ValueError(
+            f"{file}: its header has {reprlib.repr(entry)} for {name}, expected dtype, shape and data_offsets of it"
+        )
+    return StoredTensor(file, dtype_name, tuple(shape), data + offsets[0], offsets[1] - offsets[0])
+
+
+def _read_pickled_header(file: Path) -> dict[str, StoredTensor]:
+    """Names and places of the tensors that torch.save wrote: the pickle is read by PyTorch's safe unpickler."""
+    _check_pickled_archive(file)
+    tensors = {}
+    for name, tensor in _load_without_data(file).items():
+        if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
+            raise ValueError(f"{file}: {name} is a {type(tensor).__name__}, expected names and tensors")
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise ValueError(
+                f"{file}: {name} is not stored row after row: save the model again with contiguous tensors, "
+                "best as safetensors (load it with Transformers and call save_pretrained)"
+            )
+        begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+        dtype_name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        tensors[name] = StoredTensor(file, dtype_name, tuple(tensor.shape), begin, tensor.nbytes)
+    return tensors
+
+
+def _check_pickled_archive(file: Path) -> None:
+    """ValueError unless the data of a `.bin` file lie in it as they are: PyTorch's zip format, whole, uncompressed."""
+    if not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"{file} cannot be read in parts: it is cut short, or older than PyTorch 1.6's file format; "
+            "save it as safetensors first (load it with Transformers and call save_pretrained)"
+        )
+    with zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{file} was compressed after PyTorch wrote it ({entry.filename}): unpack it first")
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                raise ValueError(f"{file} was written on a big-endian machine, which is not supported")
+
+
+def _load_without_data(file: Path) -> dict:
+    """What torch.save wrote, with tensors that know their place in the file and have no data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        with FakeTensorMode():
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # whatever a damaged or malicious pickle makes the unpickler raise
+        unsafe = re.search(r"GLOBAL \S+", str(error))
+        if unsafe:
+            raise ValueError(
+                f"{file} holds more than tensors ({unsafe[0]}) and is refused: loading it could run code"
+            ) from None
+        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected a mapping of names to tensors")
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    check_shard_names(weight_map, str(index))
+    return weight_map
+
+
+def _other_format(folder: Path) -> str:
+    """What a folder without a known format holds instead, for the error."""
+    others = sorted(file.name for pattern in ("*.pt", "*.pth", "*.gguf", "*.h5") for file in folder.glob(pattern))
+    if not others:
+        return ""
+    return f", only {others[0]}: save it as safetensors first (load it with Transformers and call save_pretrained)"

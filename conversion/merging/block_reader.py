@@ -1,0 +1,139 @@
+"""Rows of all checkpoints in chunks, and the threads that work on them.
+
+Shapes: N experts, C channels of one chunk, I inputs.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import torch
+
+from conversion.merging.memory_budget import row_bytes
+from conversion.merging.plan import Plan
+from conversion.vocabulary.merged_vocabulary import fill_missing_rows
+
+
+@dataclass(frozen=True)
+class Block:
+    """One parameter of a channel module in the rows of one chunk, as it is stored: (C, I), or (C,) of a bias."""
+
+    name: str  # the parameter's, in the base architecture
+    start: int
+    stop: int
+    base: torch.Tensor
+    experts: list[torch.Tensor]  # where an expert has no such channel (token), another one's row
+    present: torch.Tensor | None = None  # (N, C) bool: which experts have which channels; None: all have all
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.base, *self.experts))
+
+    def deltas(self) -> torch.Tensor:
+        """Differences from the base in float32: (N, C, I); a bias is a matrix of one input."""
+        deltas = torch.empty(len(self.experts), *self.base.shape, device=self.base.device)
+        for delta, rows in zip(deltas, self.experts, strict=True):
+            delta.copy_(rows)
+        return deltas.sub_(self.base.float()).view(*deltas.shape[:2], -1)
+
+    def rows(self, dtype: torch.dtype) -> torch.Tensor:
+        """The experts' rows as a merged checkpoint stores them: (N, C, I), or (N, C) of a bias."""
+        return torch.stack([rows.to(dtype) for rows in self.experts])
+
+
+class Stopped(Exception):
+    """Another thread failed, and what this one does is not needed any more."""
+
+
+class BlockReader:
+    """Reads the parameters of a module from all checkpoints, chunk by chunk.
+
+    Args:
+        plan: the checked conversion.
+        chunk_bytes: of float32 rows in one chunk; a row is never split.
+        device: where the blocks go.
+    """
+
+    def __init__(self, plan: Plan, chunk_bytes: int, device: torch.device):
+        self.device = device
+        self._plan = plan
+        self.max_bytes = chunk_bytes
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Let every thread that reads blocks end at its next chunk."""
+        self._stopped.set()
+
+    def chunks(self, path: str) -> list[tuple[int, int]]:
+        """Row ranges of a module."""
+        channels = self._plan.modules.channel[path].out_features
+        count = max(1, self.max_bytes // row_bytes(self._plan, path))
+        return [(start, min(start + count, channels)) for start in range(0, channels, count)]
+
+    def blocks(self, path: str) -> Iterator[list[Block]]:
+        """For every chunk of a module its parameters' blocks: the weight, and the bias if it has one."""
+        names = self._plan.channel_parameters(path)
+        for start, stop in self.chunks(path):
+            if self._stopped.is_set():
+                raise Stopped
+            yield [self._read(name, start, stop) for name in names]
+
+    def _read(self, name: str, start: int, stop: int) -> Block:
+        base, *experts = (
+            reader.read_rows(name, start, stop).to(self.device)
+            for reader in (self._plan.base_reader, *self._plan.readers)
+        )
+        present = self._plan.present(name.rpartition(".")[0])
+        if present is not None:
+            present = present[:, start:stop].to(self.device)
+            fill_missing_rows(experts, base, present)
+        return Block(name, start, stop, base, experts, present)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Threads that work on one item each; their own tensor operations are not split further.
+
+    Args:
+        threads: how many.
+        stop: called at the first error, so that the other threads end early too.
+    """
+
+    threads: int
+    stop: Callable[[], None]
+
+    def for_each(self, function: Callable, items: Iterable) -> list:
+        """`function` of every item, in the items' order. The first error stops the rest."""
+        items = list(items)
+        before = torch.get_num_threads()
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(function, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                self.stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+            finally:
+                torch.set_num_threads(before)
+        return [future.result() for future in futures]
+
+
+def gather_rows(experts: list[torch.Tensor], channels: torch.Tensor) -> torch.Tensor:
+    """Some rows of each of M tensors (C, *): (M, channels, *) in their dtype, in float32 where they have several."""
+    dtypes = {rows.dtype for rows in experts}
+    gathered = torch.empty(
+        len(experts),
+        len(channels),
+        *experts[0].shape[1:],
+        dtype=dtypes.pop() if len(dtypes) == 1 else torch.float32,
+        device=channels.device,
+    )
+    for out, rows in zip(gathered, experts, strict=True):
+        if rows.dtype == out.dtype:
+            torch.index_select(rows, 0, channels, out=out)
+        else:
+            out.copy_(rows[channels])
+    return gathered

@@ -1,0 +1,122 @@
+"""What a conversion would do, from configs and headers alone: tensors, rows, sizes, memory, what experts share."""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from conversion.io.shard_writer import parse_size
+from conversion.io.staged_folder import check_target, leftover_bytes
+from conversion.merging.memory_budget import MAX_THREADS, own_modules, plan_memory
+from conversion.merging.plan import Plan, make_plan
+from conversion.merging.recipe import Recipe, load_recipe
+from conversion.report import format_bytes
+
+
+def plan_conversion(
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    max_memory: int | str = "2GB",
+) -> dict[str, Any]:
+    """Check everything that can be checked before data is read, and say what would come of it. Writes nothing.
+
+    Args:
+        recipe, out, overwrite, max_memory: as `convert` takes them.
+
+    Returns:
+        Plain values: `checkpoints`, `modules` by kind, `per_expert`, `output`, `memory`.
+
+    Raises:
+        ValueError: `convert` would refuse this too; but a disk that is too full is only told.
+    """
+    check_target(Path(out), overwrite)
+    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+    threads = min(torch.get_num_threads(), MAX_THREADS)
+    memory = plan_memory(plan, parse_size(max_memory, "max_memory"), threads)
+    return {
+        "checkpoints": [
+            {
+                "name": source.name,
+                "model": source.model,
+                "tensors": len(reader.tensors),
+                "bytes": sum(tensor.num_bytes for tensor in reader.tensors.values()),
+            }
+            for source, reader in zip((plan.base, *plan.experts), (plan.base_reader, *plan.readers), strict=True)
+        ],
+        "modules": modules_by_kind(plan),
+        "per_expert": {
+            "tensors": sum(map(len, plan.modules.per_expert.values())),
+            "parameters": plan.per_expert_parameters,
+        },
+        "output": {
+            "tensors": count_tensors(plan),
+            "rows_at_most": sum(kind["rows_at_most"] for kind in modules_by_kind(plan).values()),
+            "bytes_at_most": plan.max_bytes,
+            "bytes_free": free_bytes(Path(out)),
+            "dtype": str(plan.dtype).removeprefix("torch."),
+        },
+        "memory": {
+            "budget": memory.max_memory,
+            "expected_peak": memory.expected_peak,
+            "threads": memory.threads,
+            "chunk_bytes": memory.chunk_bytes,
+        },
+    }
+
+
+def modules_by_kind(plan: Plan) -> dict[str, dict[str, int]]:
+    """Channel modules that store rows, by kind; tied ones store an index only."""
+    groups = min(plan.num_experts, plan.recipe.grouping.num_groups)
+    kinds: dict[str, Counter] = {}
+    for module in plan.modules.channel.values():
+        tied = module.tied_to is not None
+        counts = kinds.setdefault("tied head" if tied else module.kind, Counter())
+        counts["modules"] += 1
+        counts["channels"] += module.out_features
+        counts["rows_at_most"] += 0 if tied else groups * module.out_features
+        counts["rows_as_separate_models"] += 0 if tied else plan.num_experts * module.out_features
+    return {kind: dict(counts) for kind, counts in kinds.items()}
+
+
+def count_tensors(plan: Plan) -> int:
+    """Tensors of the output: rows, biases, indices, copies per expert, the router's head."""
+    rows = sum(len(plan.channel_parameters(path)) for path in own_modules(plan))
+    copies = plan.num_experts * sum(map(len, plan.modules.per_expert.values()))
+    return rows + len(plan.modules.channel) + copies + 2
+
+
+def free_bytes(out: Path) -> int:
+    """Room for the output where it would go, what stopped runs left there counted as free."""
+    folder = out.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free + leftover_bytes(out)
+
+
+def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
+    """The plan for a terminal."""
+    checkpoints = Table("checkpoint", "model", "tensors", "size", title="to read, twice")
+    for checkpoint in plan["checkpoints"]:
+        name, model, tensors, size = checkpoint.values()
+        checkpoints.add_row(name, model, str(tensors), format_bytes(size))
+    modules = Table("channels of", "modules", "channels", "rows at most", "as separate models", title="merged")
+    for kind, counts in plan["modules"].items():
+        modules.add_row(kind, *(f"{count:,}" for count in counts.values()))
+    output, memory, copies = plan["output"], plan["memory"], plan["per_expert"]
+    room = "" if output["bytes_at_most"] <= output["bytes_free"] else " (NOT ENOUGH)"
+    return [
+        checkpoints,
+        modules,
+        f"per expert  {copies['tensors']} tensors ({copies['parameters']:,} parameters) are copied exactly; the "
+        "other tensors' rows are shared where experts are alike",
+        f"output      at most {output['rows_at_most']:,} rows in {output['tensors']} tensors, "
+        f"{format_bytes(output['bytes_at_most'])} in {output['dtype']}; "
+        f"{format_bytes(output['bytes_free'])} are free there{room}",
+        f"memory      at most {format_bytes(memory['expected_peak'])} of {format_bytes(memory['budget'])}: "
+        f"{memory['threads']} threads with chunks of {format_bytes(memory['chunk_bytes'])}",
+    ]

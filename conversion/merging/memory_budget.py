@@ -1,0 +1,85 @@
+"""How many modules are worked on at once, and in how large chunks: a conversion stays inside its memory budget.
+
+Everything is an upper bound from shapes alone; no result of a conversion depends on it. Counted is what the process
+needs above the interpreter with its libraries.
+
+Shapes: N experts, O channels, I inputs, R rows.
+"""
+
+import math
+from dataclasses import dataclass
+
+from conversion.channels.merge_methods import threshold_bytes
+from conversion.merging.plan import Plan
+
+CHUNK_BYTES = 32 * 2**20  # more makes nothing faster
+SMALL_CHUNK_BYTES = 2 * 2**20  # less makes it slower than one thread with a larger chunk
+MAX_THREADS = 8
+
+# Libraries that load on first use, the base model without data, names and places of all tensors, the report.
+HELD_BYTES = 160 * 2**20
+# Working blocks of the grouping and of a merge, which are of fixed size, and what the allocator keeps.
+THREAD_BYTES = 96 * 2**20
+# A chunk's rows as they are stored, their deltas, the gathered rows of a group, masks and the merged rows.
+CHUNK_COPIES = 6
+# Gram matrix of a channel, that of its similarities and its links, float64.
+GRAM_COPIES = 3
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a conversion spends its memory."""
+
+    threads: int
+    chunk_bytes: int  # float32 rows of base and experts in one chunk
+    expected_peak: int  # bytes above the interpreter's own, at most
+    max_memory: int
+
+
+def plan_memory(plan: Plan, max_memory: int, threads: int, chunk_bytes: int = CHUNK_BYTES) -> MemoryPlan:
+    """The most threads, up to `threads`, and with them the largest chunk, up to `chunk_bytes`, inside the budget.
+
+    Raises:
+        ValueError: the budget is too small for a single row of the widest matrix at a time.
+    """
+    fixed = THREAD_BYTES + max(module_bytes(plan, path) for path in own_modules(plan))
+    factor = CHUNK_COPIES + gram_share(plan)
+    least = max(row_bytes(plan, path) for path in own_modules(plan))
+    for count in range(max(1, min(threads, MAX_THREADS)), 0, -1):
+        room = int(((max_memory - HELD_BYTES) / count - fixed) / factor)
+        if room >= least and (room >= min(chunk_bytes, SMALL_CHUNK_BYTES) or count == 1):
+            chunk = min(room, max(chunk_bytes, least))
+            return MemoryPlan(count, chunk, HELD_BYTES + count * int(fixed + factor * chunk), max_memory)
+    needed = HELD_BYTES + fixed + math.ceil(factor * least)
+    raise ValueError(
+        f"max_memory is {max_memory / 1e9:.2f} GB, expected at least {needed / 1e9:.2f} GB for "
+        f"{plan.num_experts} experts of this size"
+    )
+
+
+def own_modules(plan: Plan) -> list[str]:
+    """Paths of the channel modules that store rows of their own."""
+    return [path for path, module in plan.modules.channel.items() if module.tied_to is None]
+
+
+def row_bytes(plan: Plan, path: str) -> int:
+    """One channel of the base and all experts in float32."""
+    return 4 * plan.modules.channel[path].in_features * (plan.num_experts + 1)
+
+
+def gram_share(plan: Plan) -> float:
+    """Bytes of Gram matrices per byte of a chunk, where rows are narrowest."""
+    gram = GRAM_COPIES * 8 * plan.num_experts**2
+    return max(gram / row_bytes(plan, path) for path in own_modules(plan))
+
+
+def module_bytes(plan: Plan, path: str) -> int:
+    """What a thread holds for the whole of one module: groups, layout and trim thresholds."""
+    module = plan.modules.channel[path]
+    rows = module.out_features * min(plan.num_experts, plan.recipe.grouping.num_groups)
+    groups = module.out_features * plan.num_experts * (2 + 4 + 3 * 8)  # labels, index, owners with their sort
+    size = groups + rows * 8 * 8  # channel and owners of each row, before, during and after sorts
+    if plan.recipe.method().needs_threshold:
+        names = plan.channel_parameters(path)
+        size += plan.num_experts * sum(threshold_bytes(math.prod(plan.shapes[name])) for name in names)
+    return size

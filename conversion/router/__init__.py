@@ -1,0 +1,1 @@
+"""A router's arguments, data, features, metrics and report."""

@@ -1,0 +1,1 @@
+"""Own and merged vocabularies, the union's tokenizer, prompts."""
