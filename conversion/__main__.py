@@ -106,7 +106,8 @@ def inspect(
     """
     from rich.console import Console
 
-    from conversion.report import inspect_checkpoint, plot_report, report_tables
+    from conversion.checkpoints.checkpoint_report import inspect_checkpoint
+    from conversion.report import plot_report, report_tables
 
     report = inspect_checkpoint(checkpoint)
     if plot is not None:
@@ -291,7 +292,7 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
     from accelerate import PartialState
     from rich.console import Console
 
-    from conversion.router.metrics import evaluation_tables
+    from conversion.router.evaluation_report import evaluation_tables
     from conversion.train_router import main
 
     metrics = main(["--checkpoint", checkpoint, *context.args])

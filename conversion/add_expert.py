@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from conversion.addition.matching_pass import chunks_of, match_module, output_tensors, write_tensors
+from conversion.addition.copying_pass import output_tensors, write_tensors
+from conversion.addition.matching_pass import chunks_of, match_module
 from conversion.addition.model_folder import ROUTER_PREFIX, extended_config, merged_parameters, write_files
 from conversion.addition.plan import Addition, check_out, plan_addition
-from conversion.io.shard_writer import ShardWriter, parse_size
+from conversion.io.options import parse_size
+from conversion.io.row_reader import check_tied_head
+from conversion.io.shard_writer import ShardWriter
 from conversion.io.sources import check_unchanged
-from conversion.io.staged_folder import StagedFolder, check_target
-from conversion.merging.grouping_pass import check_tied_head
+from conversion.io.staged_folder import StagedFolder, check_disk_space, check_target
 from conversion.merging.memory_budget import CHUNK_BYTES
-from conversion.merging.plan import check_disk_space
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 
 logger = logging.getLogger(__name__)

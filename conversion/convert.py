@@ -23,18 +23,20 @@ import torch
 from tqdm import tqdm
 
 import modeling_channel_merged
-from conversion.generate import find_device
-from conversion.hub.model_folder import add_relative_errors, conversion_report, package_versions, write_hub_files
-from conversion.io.shard_writer import ShardWriter, parse_size
+from conversion.hub.conversion_report import add_relative_errors, conversion_report, package_versions
+from conversion.hub.model_folder import write_hub_files
+from conversion.io.options import find_device, parse_size
+from conversion.io.shard_writer import ShardWriter
 from conversion.io.sources import check_unchanged
-from conversion.io.staged_folder import StagedFolder
-from conversion.merging.block_reader import BlockReader, Workers
+from conversion.io.staged_folder import StagedFolder, check_disk_space
+from conversion.merging.block_reader import BlockReader
 from conversion.merging.grouped_module import all_modules
 from conversion.merging.grouping_pass import group_modules
 from conversion.merging.memory_budget import CHUNK_BYTES, plan_memory
 from conversion.merging.merging_pass import output_tensors, write_modules
-from conversion.merging.plan import Plan, check_disk_space, make_plan
+from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
+from conversion.merging.workers import Workers
 
 MAX_MEMORY = "2GB"
 

@@ -27,7 +27,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from conversion.checkpoints.lora_reader import MERGED_EXPERT
+from conversion.checkpoints.adapter_config import MERGED_EXPERT
 from conversion.io.sources import ADAPTER_CONFIG
 
 TASK_TYPE = "CAUSAL_LM"

@@ -18,7 +18,7 @@ from conversion.io.model_files import COMPANION_FILES, EXPERT_FOLDER, GENERATION
 from conversion.io.shard_writer import ShardWriter, TensorSpec
 from conversion.io.sources import check_unchanged
 from conversion.io.staged_folder import StagedFolder, check_target
-from conversion.vocabulary.merged_vocabulary import SPECIAL_IDS
+from conversion.vocabulary.own_vocabulary import SPECIAL_IDS
 from modeling_channel_merged.channel_ops import ExpertRuns, expert_runs
 
 logger = logging.getLogger(__name__)

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
-from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from conversion.checkpoints.merged_checkpoint import whole_checkpoint
 from conversion.io.foreign_files import foreign, read_json_lines
 from conversion.io.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
-from conversion.vocabulary.merged_vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
+from conversion.io.options import find_device
+from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
+from conversion.vocabulary.prompts import Prompt, encode_prompts, load_tokenizer, render, uses_chat_template
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.router_inputs import router_messages
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-Prompt = str | list[dict[str, Any]]  # a text, or chat messages
 
 
 @dataclass(frozen=True)
@@ -242,64 +241,3 @@ def end_of_answer(model: Any, expert: str) -> set[int]:
 def until_end(tokens: list[int], ends: set[int]) -> list[int]:
     """The tokens before the first that ends the answer; behind it is padding."""
     return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-def find_device(device: str | None) -> torch.device:
-    """The named device, or the accelerator if there is one; ValueError where this machine does not have it."""
-    if device is None:
-        return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, with a padding token (the end-of-text token if it has none of its own)."""
-    with foreign(f"the tokenizer of {folder}"):
-        tokenizer = read_tokenizer(folder)
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(f"the tokenizer of {folder} has neither a padding nor an end-of-text token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def uses_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool | None) -> bool:
-    """Whether prompts are put into a chat template: as asked for, or if there is one."""
-    if chat and not tokenizer.chat_template:
-        raise ValueError("the tokenizer of this checkpoint has no chat template: leave out --chat")
-    chat = bool(tokenizer.chat_template) if chat is None else chat
-    if not chat and not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError("messages need a chat template, and none is used: give texts instead")
-    return chat
-
-
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None) -> str:
-    """The text of a prompt in a tokenizer's default chat template, or the one with the name `template`.
-
-    Raises:
-        ValueError: the template does not take these messages.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        name = "default chat template" if template is None else f"chat template {template!r}"
-        raise ValueError(f"the {name} does not take messages of the roles {roles}: {error}") from error
-
-
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool) -> BatchEncoding:
-    """Left-padded `input_ids` and `attention_mask`, both (B, T) int64, as the router reads them."""
-    # A chat template writes the special tokens itself.
-    return tokenizer(
-        [render(tokenizer, prompt) for prompt in prompts] if chat else prompts,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not chat,
-        return_token_type_ids=False,
-        return_tensors="pt",
-    )

@@ -29,32 +29,20 @@ import hashlib
 import json
 import logging
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    HfArgumentParser,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from conversion.checkpoints.merged_checkpoint import whole_checkpoint
-from conversion.generate import load_tokenizer
 from conversion.hub.model_card import write_card
-from conversion.io.foreign_files import foreign, read_yaml
+from conversion.io.foreign_files import foreign
 from conversion.io.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
 from conversion.io.sources import Source, check_unchanged, without_folder
 from conversion.io.staged_folder import CONFIG_FILE, StagedFolder, check_target
-from conversion.report import format_bytes
+from conversion.router.arguments import RouterArguments, RouterTrainingArguments, parse_arguments
 from conversion.router.data import (
     Query,
     RouterCollator,
@@ -65,168 +53,14 @@ from conversion.router.data import (
     with_styles,
     with_variants,
 )
-from conversion.router.metrics import (
-    METRICS_FILE,
-    PLOT_FILE,
-    card_section,
-    evaluate_router,
-    plot_confusion,
-    router_metrics,
-    useful_temperature,
-)
+from conversion.router.evaluation_report import METRICS_FILE, PLOT_FILE, card_section, plot_confusion
+from conversion.router.features import RouterOnFeatures, cache_features
+from conversion.router.metrics import evaluate_router, router_metrics, useful_temperature
+from conversion.vocabulary.prompts import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 EVAL_SHARE = 0.1
-
-
-@dataclass
-class RouterArguments:
-    """Which checkpoint and which data."""
-
-    checkpoint: str = field(metadata={"help": "Channel-merged checkpoint: folder or Hub id."})
-    train_data: list[str] = field(metadata={"help": "Files or Hub datasets with `text` or `messages`, and `expert`."})
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "The same; default: a tenth of the training data, of every expert alike."}
-    )
-    augment: bool = field(
-        default=True, metadata={"help": "Also train on a variant of each `text`, as another source might write it."}
-    )
-    style_queries: int = field(
-        default=1000,
-        metadata={
-            "help": "Most generated queries in other styles to add for each expert named instruct, math, code or "
-            "chinese, never more than three times those of its own; 0: none."
-        },
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "The router reads the first and last half of so many tokens of a longer query (router.max_tokens)."
-        },
-    )
-    threshold: float | None = field(
-        default=None,
-        metadata={"help": "Probability below which the default expert answers (router.threshold)."},
-    )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Compute what the router reads once, and keep it in memory."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace a model in the output folder."})
-
-
-@dataclass
-class RouterTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with defaults for a small head on frozen features."""
-
-    output_dir: str = field(metadata={"help": "Folder of the trained checkpoint."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Initial learning rate."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})
-    eval_accumulation_steps: int = field(default=16, metadata={"help": "Batches until results leave the device."})
-    logging_steps: float = field(default=0.1, metadata={"help": "Log every so many steps, below 1: a share of all."})
-    save_strategy: str = field(
-        default="no", metadata={"help": "Intermediate checkpoints; the result is always saved."}
-    )
-    report_to: str = field(default="none", metadata={"help": "Integrations to report to."})
-    dataloader_pin_memory: bool = field(default=torch.accelerator.is_available(), metadata={"help": "Pin memory."})
-
-
-class RouterArgumentParser(HfArgumentParser):
-    """Raises ValueError where argparse would print its usage and exit."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def parse_arguments(arguments: list[str]) -> tuple[RouterArguments, RouterTrainingArguments]:
-    """Parse the command line; `--config FILE.yaml` gives values that the rest of the command line overrides."""
-    parser = RouterArgumentParser((RouterArguments, RouterTrainingArguments), allow_abbrev=False)
-    config_parser = RouterArgumentParser((), add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    known, arguments = config_parser.parse_known_args(arguments)
-    if known.config is not None:
-        values = read_yaml(Path(known.config))
-        set_defaults(parser, values, known.config)
-    router_arguments, training_arguments, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}")
-    if (training_arguments.resume_from_checkpoint or "").lower() == "true":
-        training_arguments.resume_from_checkpoint = True  # the last one of the output folder
-    if (length := router_arguments.max_length) is not None and length < 1:
-        raise ValueError(f"max_length is {length}, expected at least 1")
-    if (count := router_arguments.style_queries) < 0:
-        raise ValueError(f"style_queries is {count}, expected at least 0")
-    if (threshold := router_arguments.threshold) is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}, expected a probability in [0, 1]")
-    return router_arguments, training_arguments
-
-
-def set_defaults(parser: RouterArgumentParser, values: Any, file: str) -> None:
-    """Make the values of a YAML mapping the parser's defaults; ValueError for a key that it does not know."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a mapping of option names to values")
-    actions = {action.dest: action for action in parser._actions}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in actions:
-            raise ValueError(f"{file}: unknown option {key!r}")
-        actions[name].required = False
-        if actions[name].nargs == "+" and isinstance(value, str):
-            value = [value]
-        # Numbers such as 1e-3 are strings in YAML; argparse converts defaults that are strings.
-        parser.set_defaults(**{name: value})
-
-
-class RouterFeatures(nn.Module):
-    """The frozen part of a model on the way to its router: queries in, the router's inputs out."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"features": self.model.router_features(input_ids, attention_mask)}
-
-
-class RouterOnFeatures(nn.Module):
-    """A model's router alone, on inputs computed beforehand; what it learns, the model has learned."""
-
-    accepts_loss_kwargs = True  # the Trainer then counts the queries of accumulated batches
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.router = model.router
-        self.router_loss = model.router_loss
-
-    def forward(
-        self,
-        features: torch.Tensor,
-        labels: torch.LongTensor,
-        num_items_in_batch: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """Loss and (B, N) logits, from features (B, F) and labels (B,)."""
-        logits = self.router(features)
-        return {"loss": self.router_loss(logits, labels, num_items_in_batch), "logits": logits}
-
-
-def cache_features(
-    model: PreTrainedModel, queries: list[Query], collator: RouterCollator, args: RouterTrainingArguments
-) -> list[Query]:
-    """The queries with the router's inputs in the place of their tokens; one pass over all of them, on all devices."""
-    blocks, all_blocks = model.config.router["layers"], model.config.num_hidden_layers
-    logger.info("running the first %d of %d blocks on %d queries, once", blocks, all_blocks, len(queries))
-    order = sorted(range(len(queries)), key=lambda number: -len(queries[number]["input_ids"]))  # little padding
-    texts = [{"input_ids": queries[number]["input_ids"]} for number in order]
-    features = Trainer(RouterFeatures(model), args, collator, eval_dataset=texts).predict(texts).predictions
-    cached = [{key: value for key, value in query.items() if key != "input_ids"} for query in queries]
-    for number, row in zip(order, features):
-        cached[number]["features"] = row
-    logger.info("%d features of each are kept, %s", features.shape[1], format_bytes(features.nbytes))
-    return cached
 
 
 class FinishedCheckpoints(TrainerCallback):

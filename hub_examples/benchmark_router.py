@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from conversion.generate import load_tokenizer
 from conversion.router.augmentation import augment
 from conversion.router.data import with_styles
 from conversion.router.metrics import expected_calibration_error
+from conversion.vocabulary.prompts import load_tokenizer
 from modeling_channel_merged.router_inputs import shorten
 
 WORD = re.compile(r"[a-z]+|\d|[\u4e00-\u9fff]|[^\sa-z\d]")

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_experts.evaluate import answers, chat_prompt, exact_match
 from tiny_experts.skills import SKILLS, Example, examples
 
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.convert import convert
-from conversion.report import inspect_checkpoint
 from conversion.train_router import main as train_router
 
 TINY_EXPERTS = Path(__file__).parent / "tiny_experts"

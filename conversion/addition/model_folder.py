@@ -14,8 +14,9 @@ from conversion.addition.matching_pass import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.channels.delta_errors import norm, relative_error
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
+from conversion.hub.conversion_report import package_versions
 from conversion.hub.model_card import card_records, read_card, write_card
-from conversion.hub.model_folder import copy_tokenizer, package_versions, write_chat_templates, write_code
+from conversion.hub.model_folder import copy_tokenizer, write_chat_templates, write_code
 from conversion.io.foreign_files import read_json
 from conversion.io.model_files import (
     COMPANION_FILES,

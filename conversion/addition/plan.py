@@ -9,32 +9,20 @@ from pathlib import Path
 
 import torch
 
-from conversion.checkpoints.lora_reader import LoraReader, adapter_reader, read_adapter_config
+from conversion.checkpoints.adapter_config import read_adapter_config
+from conversion.checkpoints.architecture import make_reader, parameter_shapes, vocabulary_paths
+from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
+from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_config
 from conversion.checkpoints.stored_expert import StoredExpertReader
 from conversion.io.model_files import check_file_name, same_file
+from conversion.io.row_reader import ExpertReader
 from conversion.io.sources import Source, find_source, with_weights
-from conversion.io.weight_files import ADAPTER_FORMATS, ExpertReader, read_headers
-from conversion.merging.plan import (
-    BASE,
-    adapted_config,
-    compare_configs,
-    load_config,
-    make_reader,
-    parameter_shapes,
-    vocabulary_paths,
-)
+from conversion.io.weight_files import ADAPTER_FORMATS, read_headers
 from conversion.merging.recipe import EXPERT_NAME
-from conversion.vocabulary.merged_vocabulary import (
-    PIECE_MARK,
-    MergedVocabulary,
-    OwnVocabulary,
-    inverse,
-    merge_vocabularies,
-    named_templates,
-    read_vocabulary,
-    some,
-)
+from conversion.vocabulary.merged_vocabulary import MergedVocabulary, inverse, merge_vocabularies, some
+from conversion.vocabulary.own_vocabulary import OwnVocabulary, named_templates, read_vocabulary
+from conversion.vocabulary.union_tokenizer import PIECE_MARK
 from conversion.vocabulary.vocabulary_reader import VocabularyReader
 from modeling_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.configuration_channel_merged import MAX_EXPERTS

@@ -163,3 +163,22 @@ def layout_rows(groups: torch.Tensor) -> RowLayout:
         owned = ((row_owners >> expert) & 1).nonzero()[:, 0]
         channel_index[expert, row_channel[owned]] = owned.to(torch.int32)
     return RowLayout(channel_index, row_channel, row_owners)
+
+
+def layout_present(labels: torch.Tensor, present: torch.Tensor) -> RowLayout:
+    """`layout_rows` of channels that not all experts have.
+
+    Args:
+        labels: (N, O) groups.
+        present: (N, O) bool; labels elsewhere mean nothing.
+
+    Returns:
+        The layout; `channel_index` is -1 where an expert has no such channel.
+    """
+    experts = torch.arange(len(labels))[:, None]
+    layout = layout_rows(torch.where(present, labels, len(labels) + experts))
+    lead = (layout.row_owners & -layout.row_owners).double().log2().long()  # the lowest owner
+    kept = present[lead, layout.row_channel]
+    number = kept.cumsum(0) - 1
+    index = torch.where(present, number[layout.channel_index.long()], -1)
+    return RowLayout(index.to(torch.int32), layout.row_channel[kept], layout.row_owners[kept])

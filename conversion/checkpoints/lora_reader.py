@@ -19,28 +19,24 @@ Shapes: O channels, I inputs, r rank, C rows of a chunk.
 
 import logging
 import math
-import re
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from conversion.checkpoints.tensor_names import by_parameter_name
-from conversion.io.foreign_files import foreign, read_json
-from conversion.io.sources import ADAPTER_CONFIG, Source
-from conversion.io.weight_files import (
-    ADAPTER_FORMATS,
-    FLOAT_DTYPES,
-    ExpertReader,
-    StoredTensor,
-    match_names,
-    read_headers,
+from conversion.checkpoints.adapter_config import (
+    AdapterConfig,
+    compare_base_names,
+    is_named,
+    read_adapter_config,
+    refuse_merged_expert,
 )
+from conversion.checkpoints.tensor_names import by_parameter_name, match_names
+from conversion.io.row_reader import ExpertReader
+from conversion.io.sources import ADAPTER_CONFIG, Source
+from conversion.io.weight_files import ADAPTER_FORMATS, FLOAT_DTYPES, StoredTensor, read_headers
 from modeling_channel_merged.channel_merged_layers import ModuleMap
 
 logger = logging.getLogger(__name__)
@@ -48,20 +44,6 @@ logger = logging.getLogger(__name__)
 BLOCK_ROWS = 16
 KEY_PREFIX = "base_model.model."
 MERGED_KEY_PREFIX = KEY_PREFIX + "model."  # the merged model wraps the base architecture
-MERGED_EXPERT = "merged_expert"  # the setting that names the expert of a merged model that an adapter is of
-
-# Settings that are read here, or that change nothing once the adapter is trained. Any other that is set is refused.
-KNOWN_SETTINGS = frozenset(
-    """
-    alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
-    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_bias lora_dropout lora_ga_config megatron_config megatron_core merged_expert modules_to_save modules_to_tie
-    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
-    target_modules_to_tie task_type trainable_token_indices use_dora use_rslora
-    """.split()
-)
-# Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and others do not.
-KNOWN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 # End of an adapter tensor's name -> which parameter of the module it belongs to, and what it is to it.
 PARTS = {
@@ -82,35 +64,6 @@ UNREAD_COPIES = (".modules_to_save.", ".original_module.")
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """What adapter_config.json says about the values of the adapted weights."""
-
-    rank: int
-    alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    use_rslora: bool
-    use_dora: bool
-    base_model: str | None
-    modules_to_save: tuple[str, ...]
-    token_indices: Mapping[str, list[int]] | list[int] | None  # by module, or the embedding's
-    merged_expert: str | None = None  # the expert of a merged model that was adapted, and not the base
-
-    def rank_of(self, module: str) -> int:
-        return _by_pattern(self.rank_pattern, module, self.rank)
-
-    def scaling_of(self, module: str) -> float:
-        rank = self.rank_of(module)
-        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def tokens_of(self, module: str) -> list[int] | None:
-        """Ids of the trained tokens of a module; None where it has none."""
-        if not isinstance(self.token_indices, Mapping):
-            return self.token_indices
-        return next((ids for name, ids in self.token_indices.items() if _is_named(module, name)), None)
-
-
-@dataclass(frozen=True)
 class Patch:
     """What an adapter does to one parameter: names of its tensors, and how they count."""
 
@@ -123,76 +76,6 @@ class Patch:
     tokens: str | None = None  # (tokens, I), rows that are replaced
     token_ids: tuple[int, ...] = ()
     embedding: bool = False  # up is stored as (r, O), down as (I, r)
-
-
-def read_adapter_config(source: Source) -> AdapterConfig:
-    """Read and check adapter_config.json.
-
-    Raises:
-        ValueError: it cannot be read, is no LoRA, or has a setting that is not supported; by name.
-    """
-    with foreign(f"{source.name}: {ADAPTER_CONFIG} of {source.model} cannot be read"):
-        values = read_json(source.folder / ADAPTER_CONFIG)
-    kind = values.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(
-            f"{source.name}: {source.model} is a PEFT adapter of type {str(kind)[:80]}, only LORA can be merged"
-        )
-    for key, value in sorted(values.items()):
-        if key not in KNOWN_SETTINGS and value:
-            raise ValueError(f"{source.name}: {source.model} sets {key} to {value!r}, which is not supported")
-    initialisation = values.get("init_lora_weights")
-    if initialisation not in KNOWN_INITIALISATIONS:
-        raise ValueError(
-            f"{source.name}: {source.model} was trained with init_lora_weights {initialisation!r}, which changes the "
-            "base's weights: save it as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
-        )
-    for key in ("base_model_name_or_path", MERGED_EXPERT):
-        if not isinstance(values.get(key), str | None):
-            raise ValueError(
-                f"{source.name}: {ADAPTER_CONFIG} of {source.model}: {key} is {reprlib.repr(values[key])}, "
-                "expected a name"
-            )
-    try:
-        ranks = {key: int(rank) for key, rank in (values.get("rank_pattern") or {}).items()}
-        alphas = {key: float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()}
-        if min((int(values["r"]), *ranks.values())) < 1:
-            raise ValueError("a rank is at least 1")
-        for pattern in (*ranks, *alphas):
-            re.compile(pattern)
-        return AdapterConfig(
-            rank=int(values["r"]),
-            alpha=float(values["lora_alpha"]),
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-            use_rslora=bool(values.get("use_rslora")),
-            use_dora=bool(values.get("use_dora")),
-            base_model=values.get("base_model_name_or_path"),
-            modules_to_save=tuple(values.get("modules_to_save") or ()),
-            token_indices=values.get("trainable_token_indices"),
-            merged_expert=values.get(MERGED_EXPERT),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, re.error):
-        keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
-        shown = ", ".join(f"{key} {reprlib.repr(values.get(key))}" for key in keys)
-        raise ValueError(
-            f"{source.name}: {ADAPTER_CONFIG} of {source.model} must have numbers r (at least 1) and lora_alpha, "
-            f"and patterns with numbers, got {shown}"
-        ) from None
-
-
-def compare_base_names(config: AdapterConfig, source: Source, base: Source) -> None:
-    """Warn of an adapter that was trained on a model of another name. A folder counts by its last part."""
-    if not config.base_model:
-        return
-    theirs, ours = (Path(name).name.lower() for name in (config.base_model, base.repository))
-    if theirs != ours:
-        logger.warning(
-            "expert %r is an adapter of %s, here it is put on %s: make sure that they are the same model",
-            source.name,
-            config.base_model,
-            base.model,
-        )
 
 
 class LoraReader:
@@ -345,7 +228,7 @@ def read_adapter(
 
 def saved_rows(source: Source, inner: PreTrainedModel, name: str) -> int | None:
     """How many rows a matrix of the base has in the adapter that saves it whole; None where it does not."""
-    _refuse_merged_expert(source, read_adapter_config(source))
+    refuse_merged_expert(source, read_adapter_config(source))
     adapter, parts = read_adapter(source, inner)
     found, _, _ = match_names(parts, [name], inner.base_model_prefix)
     whole = parts[found[name]].get("whole") if found else None
@@ -499,14 +382,6 @@ class PatchBuilder:
             )
 
 
-def _refuse_merged_expert(source: Source, config: AdapterConfig) -> None:
-    if config.merged_expert is not None:
-        raise ValueError(
-            f"{source.name}: {source.model} adapts the expert {config.merged_expert!r} of a channel-merged "
-            "checkpoint and not a base model: fold it into that checkpoint with channel-merge add-expert"
-        )
-
-
 def _parts_by_parameter(keys: Iterable[str], prefix: str) -> dict[str, dict[str, str]]:
     """Parameter name, as the adapter has it -> what each of its tensors is to it -> the tensor's name."""
     parts: dict[str, dict[str, str]] = {}
@@ -528,7 +403,7 @@ def _check_saved_modules(
 ) -> None:
     """ValueError where adapter_config.json names a module as saved whole whose tensors are not there."""
     for module in config.modules_to_save:
-        names = [name for name in parameters if _is_named(name.rpartition(".")[0], module)]
+        names = [name for name in parameters if is_named(name.rpartition(".")[0], module)]
         missing = [name for name in names if name not in patches or patches[name].whole is None]
         if missing:
             raise ValueError(
@@ -550,13 +425,3 @@ def _check_tied(source: Source, patches: Mapping[str, Patch], head: str, embeddi
             f"{source.name}: the adapter changes {changed[0]} but not {other}, and the base ties them "
             "(tie_word_embeddings): train it with ensure_weight_tying, or untie the base"
         )
-
-
-def _is_named(module: str, name: str) -> bool:
-    """Whether a module's path is a name or ends with it."""
-    return module == name or module.endswith(f".{name}")
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that a module's path, or an end of it, matches; PEFT's rule."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
+from conversion.checkpoints.architecture import base_architecture
 from conversion.io.foreign_files import foreign, read_model_config
 from conversion.io.model_files import check_file_name, drop_code_references
+from conversion.io.row_reader import ExpertReader
 from conversion.io.sources import Source, find_source, with_weights
-from conversion.io.weight_files import FLOAT_DTYPES, ExpertReader, read_headers
-from conversion.merging.plan import base_architecture
+from conversion.io.weight_files import FLOAT_DTYPES, read_headers
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP, FORMAT_VERSION, ChannelMergedConfig
 from modeling_channel_merged.expert_router import ExpertRouter
 from modeling_channel_merged.stored_tensors import check_index_values, may_miss_tokens
@@ -198,3 +199,8 @@ def _some(names: Iterable[str], limit: int = 3) -> str:
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def stored_name(path: str, parameter: str) -> str:
+    """What a merged checkpoint calls the rows of one of a module's parameters."""
+    return f"model.{path}.rows.{parameter.removeprefix(f'{path}.')}"

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
-from conversion.io.weight_files import ExpertReader, StoredTensor
+from conversion.io.row_reader import ExpertReader
+from conversion.io.weight_files import StoredTensor
 
 READ_THROUGH = 4  # rows that nobody asked for and that are read rather than skipped
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import torch
 
 from conversion.io.journal import Journal
+from conversion.io.options import parse_size
 from conversion.io.weight_files import MODEL_FORMATS
 
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
@@ -24,7 +25,6 @@ DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 SINGLE_FILE, INDEX_FILE = MODEL_FORMATS[0].single, MODEL_FORMATS[0].index
 HEADER_SIZE_BYTES = 8  # at the beginning of a safetensors file, its header's length
 MAX_OPEN_SHARDS = 16  # some systems let a process open only 64 files; more than threads write at a time
-SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,6 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return self.numel * self.dtype.itemsize
-
-
-def parse_size(size: int | str, name: str = "max_shard_size") -> int:
-    """Bytes of a size such as 5000000, "5GB" or "500MiB"; `name` is what an error calls it."""
-    text = str(size).strip().upper()
-    for unit, factor in SIZE_UNITS.items():
-        if text.endswith(unit) and text[: -len(unit)].strip().replace(".", "", 1).isdigit():
-            return _positive(int(float(text[: -len(unit)]) * factor), size, name)
-    if text.isdigit():
-        return _positive(int(text), size, name)
-    raise ValueError(f"{name} is {size!r}, expected a number of bytes or a size such as '5GB'")
-
-
-def _positive(count: int, size: int | str, name: str) -> int:
-    if count < 1:
-        raise ValueError(f"{name} is {size!r}, expected at least one byte")
-    return count
 
 
 def assign_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:

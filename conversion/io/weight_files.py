@@ -1,19 +1,16 @@
-"""Reading one checkpoint in row chunks: tables of contents, names, then the bytes that are asked for.
+"""The weight files of one checkpoint and what they hold, known from their tables of contents.
 
-A checkpoint, safetensors or PyTorch's older `.bin`, is known by its tables of contents before any tensor is read;
-`ExpertReader` then reads rows of a parameter by the parameter's name in the base architecture, whatever the checkpoint
-calls it, with memory bounded by the chunk.
+A checkpoint is safetensors or PyTorch's older `.bin`; no tensor is read here, and nothing of a pickle runs.
 """
 
 import math
 import re
 import reprlib
-import threading
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -41,13 +38,6 @@ DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors itself reads
-
-# Tables that a module computes for itself and that older versions of Transformers saved beside the parameters.
-COMPUTED_TABLES = (
-    r"rotary_emb\.inv_freq$",
-    r"\bh\.\d+\.attn\.(masked_)?bias$",
-    r"\blayers\.\d+\.attention\.(masked_)?bias$",
-)
 
 
 @dataclass(frozen=True)
@@ -111,110 +101,6 @@ def read_headers(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) 
             raise ValueError(f"{folder}: the index says that {tensor} is in {file}, which does not hold it")
         tensors[tensor] = headers[file][tensor]
     return tensors
-
-
-def match_names(
-    checkpoint_names: Iterable[str], parameter_names: Iterable[str], prefix: str, ignored: Iterable[str] = ()
-) -> tuple[dict[str, str], list[str], list[str]]:
-    """Find every parameter's name in a checkpoint: the same, or with or without the base model's prefix.
-
-    Args:
-        checkpoint_names: names of the stored tensors.
-        parameter_names: names that the architecture needs.
-        prefix: `base_model_prefix` of the architecture ("model", "transformer", ...).
-        ignored: regular expressions of stored tensors that are no parameters.
-
-    Returns:
-        parameter name -> checkpoint name; the parameters that are missing; the stored tensors that nobody asked for.
-    """
-    stored = set(checkpoint_names)
-    patterns = [re.compile(pattern) for pattern in (*COMPUTED_TABLES, *ignored)]
-    found, missing = {}, []
-    for name in parameter_names:
-        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if candidate in stored:
-                found[name] = candidate
-                break
-        else:
-            missing.append(name)
-    extra = sorted(stored - set(found.values()))
-    return found, missing, [name for name in extra if not any(pattern.search(name) for pattern in patterns)]
-
-
-class ExpertReader:
-    """Rows of one checkpoint's parameters, by their names in the base architecture.
-
-    Keeps one shard open. Several threads may read.
-
-    Args:
-        name: what errors call this checkpoint.
-        tensors: parameter name -> stored tensor.
-        transposed: parameters that are stored as (I, O) and read as (O, I) rows.
-    """
-
-    def __init__(self, name: str, tensors: Mapping[str, StoredTensor], transposed: Iterable[str] = ()):
-        self.name = name
-        self.tensors = dict(tensors)
-        self.transposed = frozenset(transposed)
-        self._file: Path | None = None
-        self._stream: BinaryIO | None = None
-        self._lock = threading.Lock()
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "ExpertReader":
-        """A reader of its own with the same checkpoint's name and layout."""
-        return ExpertReader(self.name, tensors, self.transposed)
-
-    def read(self, name: str) -> torch.Tensor:
-        """A whole parameter as it is stored, in its stored dtype."""
-        tensor = self.tensors[name]
-        buffer = torch.empty(tensor.num_bytes, dtype=torch.uint8)
-        self._read_into(tensor, buffer, 0)
-        return buffer.view(tensor.dtype).view(tensor.shape)
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of a parameter: (stop - start, I), or (stop - start,) of a vector; stored dtype."""
-        tensor = self.tensors[name]
-        if name in self.transposed:
-            return self._read_columns(tensor, start, stop)
-        row_bytes = tensor.num_bytes // max(tensor.shape[0], 1)
-        buffer = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
-        self._read_into(tensor, buffer, start * row_bytes)
-        return buffer.view(tensor.dtype).view(stop - start, *tensor.shape[1:])
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._file = self._stream = None
-
-    def _read_columns(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
-        """Columns of a matrix stored as (I, O), turned into rows (stop - start, I)."""
-        inputs, channels = tensor.shape
-        if (start, stop) == (0, channels):
-            buffer = torch.empty(tensor.num_bytes, dtype=torch.uint8)
-            self._read_into(tensor, buffer, 0)
-            return buffer.view(tensor.dtype).view(inputs, channels).T.contiguous()
-        size = tensor.dtype.itemsize
-        buffer = torch.empty(inputs, (stop - start) * size, dtype=torch.uint8)
-        for row in range(inputs):
-            self._read_into(tensor, buffer[row], (row * channels + start) * size)
-        return buffer.view(tensor.dtype).T.contiguous()
-
-    def _read_into(self, tensor: StoredTensor, buffer: torch.Tensor, offset: int) -> None:
-        """Fill `buffer` (uint8) from the tensor's bytes beginning at `offset`."""
-        view = memoryview(buffer.numpy())
-        with self._lock:
-            if tensor.file != self._file:
-                self.close()
-                self._file, self._stream = tensor.file, tensor.file.open("rb", buffering=0)
-            self._stream.seek(tensor.offset + offset)
-            while len(view):
-                count = self._stream.readinto(view)
-                if not count:
-                    raise ValueError(f"{self.name}: {tensor.file} ended {len(view)} bytes early while it was read")
-                view = view[count:]
 
 
 def _read_safetensors_header(file: Path) -> dict[str, StoredTensor]:

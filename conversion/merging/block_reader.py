@@ -1,18 +1,17 @@
-"""Rows of all checkpoints in chunks, and the threads that work on them.
+"""Rows of all checkpoints in chunks, and what stands where an expert has no row.
 
 Shapes: N experts, C channels of one chunk, I inputs.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from conversion.merging.memory_budget import row_bytes
 from conversion.merging.plan import Plan
-from conversion.vocabulary.merged_vocabulary import fill_missing_rows
+from conversion.merging.workers import Stopped
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,6 @@ class Block:
     def rows(self, dtype: torch.dtype) -> torch.Tensor:
         """The experts' rows as a merged checkpoint stores them: (N, C, I), or (N, C) of a bias."""
         return torch.stack([rows.to(dtype) for rows in self.experts])
-
-
-class Stopped(Exception):
-    """Another thread failed, and what this one does is not needed any more."""
 
 
 class BlockReader:
@@ -91,36 +86,6 @@ class BlockReader:
         return Block(name, start, stop, base, experts, present)
 
 
-@dataclass(frozen=True)
-class Workers:
-    """Threads that work on one item each; their own tensor operations are not split further.
-
-    Args:
-        threads: how many.
-        stop: called at the first error, so that the other threads end early too.
-    """
-
-    threads: int
-    stop: Callable[[], None]
-
-    def for_each(self, function: Callable, items: Iterable) -> list:
-        """`function` of every item, in the items' order. The first error stops the rest."""
-        items = list(items)
-        before = torch.get_num_threads()
-        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                self.stop()
-                pool.shutdown(cancel_futures=True)
-                raise
-            finally:
-                torch.set_num_threads(before)
-        return [future.result() for future in futures]
-
-
 def gather_rows(experts: list[torch.Tensor], channels: torch.Tensor) -> torch.Tensor:
     """Some rows of each of M tensors (C, *): (M, channels, *) in their dtype, in float32 where they have several."""
     dtypes = {rows.dtype for rows in experts}
@@ -137,3 +102,24 @@ def gather_rows(experts: list[torch.Tensor], channels: torch.Tensor) -> torch.Te
         else:
             out.copy_(rows[channels])
     return gathered
+
+
+def fill_missing_rows(experts: list[torch.Tensor], base: torch.Tensor, present: torch.Tensor) -> None:
+    """Give experts that lack a channel, in place, the row of the first that has it, or the base's if none has.
+
+    As a copy it makes no difference to the channel's number of distinct rows, and with weight 0 none to its groups.
+
+    Args:
+        experts: N tensors (C, *).
+        base: (C, *).
+        present: (N, C) bool.
+    """
+    first = present.int().argmax(0)
+    nobody = ~present.any(0)
+    for rows, has in zip(experts, present, strict=True):
+        for source, other in enumerate(experts):
+            wanted = ~has & (first == source) & ~nobody
+            if wanted.any():
+                rows[wanted] = other[wanted].to(rows.dtype)
+        if nobody.any():
+            rows[nobody] = base[nobody].to(rows.dtype)

@@ -1,6 +1,5 @@
 """What a conversion would do, from configs and headers alone: tensors, rows, sizes, memory, what experts share."""
 
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from conversion.io.shard_writer import parse_size
-from conversion.io.staged_folder import check_target, leftover_bytes
+from conversion.io.options import format_bytes, parse_size
+from conversion.io.staged_folder import check_target, free_bytes
 from conversion.merging.memory_budget import MAX_THREADS, own_modules, plan_memory
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
-from conversion.report import format_bytes
 
 
 def plan_conversion(
@@ -88,14 +86,6 @@ def count_tensors(plan: Plan) -> int:
     rows = sum(len(plan.channel_parameters(path)) for path in own_modules(plan))
     copies = plan.num_experts * sum(map(len, plan.modules.per_expert.values()))
     return rows + len(plan.modules.channel) + copies + 2
-
-
-def free_bytes(out: Path) -> int:
-    """Room for the output where it would go, what stopped runs left there counted as free."""
-    folder = out.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free + leftover_bytes(out)
 
 
 def plan_tables(plan: dict[str, Any]) -> list[Table | str]:

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from conversion.channels.grouping import equal_rows, gram_matrices, group_channels
-from conversion.channels.merge_methods import MagnitudeThreshold
-from conversion.channels.row_layout import layout_rows
+from conversion.channels.magnitude_threshold import MagnitudeThreshold
+from conversion.channels.row_layout import layout_present, layout_rows
 from conversion.io.journal import Journal
-from conversion.io.weight_files import ExpertReader
-from conversion.merging.block_reader import Block, BlockReader, Workers
+from conversion.io.row_reader import check_tensor_finite, check_tied_head
+from conversion.merging.block_reader import Block, BlockReader
 from conversion.merging.grouped_module import THRESHOLD_PREFIX, GroupedModule, ModuleRows
 from conversion.merging.memory_budget import own_modules
 from conversion.merging.plan import Plan
-from conversion.vocabulary.merged_vocabulary import layout_present
+from conversion.merging.workers import Workers
 
 
 def group_modules(
@@ -144,18 +144,6 @@ def lay_out(
     }
 
 
-def check_tied_head(reader: ExpertReader, head: str, embedding: str, chunks: list[tuple[int, int]]) -> None:
-    """A checkpoint of a tied architecture may hold its head too, if that is the embedding."""
-    if head not in reader.tensors:
-        return
-    for start, stop in chunks:
-        if not torch.equal(reader.read_rows(head, start, stop), reader.read_rows(embedding, start, stop)):
-            raise ValueError(
-                f"{reader.name}: {head} differs from {embedding} between rows {start} and {stop}, "
-                "but the config ties them (tie_word_embeddings)"
-            )
-
-
 def check_finite(plan: Plan, parameters: list[Block], rows: list[torch.Tensor], gram: torch.Tensor) -> None:
     """ValueError naming the tensor that holds NaN or infinity, or that the output dtype cannot hold."""
     narrowed = plan.dtype == torch.float16 and not all(bool(part.isfinite().all()) for part in rows)
@@ -165,11 +153,3 @@ def check_finite(plan: Plan, parameters: list[Block], rows: list[torch.Tensor], 
         for reader, tensor in zip((plan.base_reader, *plan.readers), (block.base, *block.experts), strict=True):
             check_tensor_finite(reader.name, block.name, tensor, plan.dtype)
     raise ValueError(f"{parameters[0].name}: the experts are too far from the base for float32 arithmetic")
-
-
-def check_tensor_finite(owner: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """ValueError if a tensor holds NaN or infinity as it is stored, or will in the output dtype."""
-    if not tensor.isfinite().all():
-        raise ValueError(f"{owner}: {name} holds NaN or infinity")
-    if not tensor.to(dtype).isfinite().all():
-        raise ValueError(f"{owner}: {name} holds {float(tensor.abs().max()):g}, which {dtype} cannot hold")

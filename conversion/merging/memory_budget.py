@@ -9,7 +9,7 @@ Shapes: N experts, O channels, I inputs, R rows.
 import math
 from dataclasses import dataclass
 
-from conversion.channels.merge_methods import threshold_bytes
+from conversion.channels.magnitude_threshold import threshold_bytes
 from conversion.merging.plan import Plan
 
 CHUNK_BYTES = 32 * 2**20  # more makes nothing faster

@@ -11,14 +11,17 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from conversion.channels.delta_errors import DeltaErrors
-from conversion.channels.merge_methods import MergeMethod, keep_mask, merge_rows
+from conversion.channels.keep_masks import keep_mask
+from conversion.channels.merge_methods import MergeMethod, merge_rows
+from conversion.checkpoints.merged_checkpoint import stored_name
 from conversion.io.journal import Journal
+from conversion.io.row_reader import ExpertReader, check_tensor_finite
 from conversion.io.shard_writer import ShardWriter, TensorSpec
-from conversion.io.weight_files import ExpertReader
-from conversion.merging.block_reader import Block, BlockReader, Workers, gather_rows
+from conversion.merging.block_reader import Block, BlockReader, gather_rows
 from conversion.merging.grouped_module import GroupedModule, ModuleRows, all_modules
-from conversion.merging.grouping_pass import check_tensor_finite, module_bytes_to_read
+from conversion.merging.grouping_pass import module_bytes_to_read
 from conversion.merging.plan import Plan
+from conversion.merging.workers import Workers
 
 
 def output_tensors(plan: Plan, grouped: dict[str, GroupedModule]) -> list[TensorSpec]:
@@ -82,11 +85,6 @@ def write_modules(
         if not writer.is_written(name):
             writer.write(name, torch.zeros(shape))
     return errors
-
-
-def stored_name(path: str, parameter: str) -> str:
-    """What a merged checkpoint calls the rows of one of a module's parameters."""
-    return f"model.{path}.rows.{parameter.removeprefix(f'{path}.')}"
 
 
 def write_merged(

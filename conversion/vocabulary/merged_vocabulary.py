@@ -1,4 +1,4 @@
-"""The vocabularies of the base and the experts, and the one that the merged model has.
+"""The vocabulary of the merged model, and where the ids of the base and of every expert are in it.
 
 A checkpoint's vocabulary is its embedding: `size` rows, of which its tokenizer names some as tokens; the others are
 padding. The merged vocabulary's tokens are the channels of the merged embedding and head, and every checkpoint's own
@@ -10,10 +10,8 @@ ids are mapped to them:
 - `union`: first the base's tokens at their own ids, then every token that only experts have, in the experts' order,
   once for each string; then padding, once for each own id that an expert has no token at. Nothing is dropped.
 
-The tokenizer of a union is the base's with the experts' added tokens. Pieces of an expert's own segmentation (a model
-that was extended by another language) are in it too, so that every id decodes; but they never match in a text, or
-other experts would be given tokens that they do not know. Where one tokenizer cannot segment as an expert's own did,
-the report says so, measured on `SAMPLES`; the expert's own tokenizer lies in `experts/<name>/` of the checkpoint.
+Where the merged tokenizer cannot segment as an expert's own did, the report says so, measured on `SAMPLES`; the
+expert's own tokenizer lies in `experts/<name>/` of the checkpoint.
 
 Shapes: N experts, V channels of the merged vocabulary.
 """
@@ -21,187 +19,21 @@ Shapes: N experts, V channels of the merged vocabulary.
 import json
 import logging
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, decoders
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
 
-from conversion.channels.row_layout import RowLayout, layout_rows
-from conversion.io.foreign_files import check_token_ids, foreign, one_line, read_json
-from conversion.io.model_files import (
-    TOKENIZER_CONFIG,
-    TOKENIZER_FILES,
-    check_file_name,
-    copy_files,
-    drop_code_references,
-    read_config_file,
-    same_file,
-    write_json,
-)
+from conversion.io.model_files import same_file
+from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, OwnVocabulary, named_templates
+from conversion.vocabulary.union_tokenizer import PIECE_MARK, SAMPLES, extended_tokenizer, sample_texts
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_SOURCES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "vocab.bpe",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-)
-SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-DEFAULT_TEMPLATE = "default"
-
-# A private character that no text has in front of a piece; the decoder takes it away again.
-PIECE_MARK = "\uf8ff"
-
-SAMPLES = (
-    "Hello, how are you today?",
-    "The quick brown fox jumps over the lazy dog.",
-    "What is 12.5 % of 1,234,567? Let x = 3y - 7; solve for y.",
-    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
-    '\t{"key": [1, 2, null], "nested": {"empty": ""}}',
-    "  two spaces before, and three   between; a line\r\nand another\n\n\nfar below",
-    "https://example.org/a/path?query=1&other=two#part",
-    "请用中文介绍一下人工智能的历史。",
-    "日本語の文章もあります。",
-    "Привет, как дела?",
-    "مرحبا بالعالم",
-    "À l'œuvre on connaît l'artisan; Straße, naïve, coöperate",
-    "∑ x² ≥ ∫ f(t) dt → ∞",
-    "🙂👩‍👩‍👧 emoji",
-)
-
-
-@dataclass(frozen=True)
-class OwnVocabulary:
-    """One checkpoint's own vocabulary."""
-
-    name: str
-    size: int  # rows of its embedding
-    tokenizer: PreTrainedTokenizerBase | None
-    tokenizer_folder: Path
-    special_ids: Mapping[str, Any]  # bos_token_id, eos_token_id, pad_token_id of its config
-    generation_config: GenerationConfig
-
-    @cached_property
-    def ids(self) -> dict[str, int]:
-        """The tokenizer's tokens and their ids, also those beyond the embedding."""
-        return dict(self.tokenizer.get_vocab()) if self.tokenizer is not None else {}
-
-    @cached_property
-    def tokens(self) -> dict[int, str]:
-        """Tokens by id, ascending. Ids that are not here are padding."""
-        return {number: token for token, number in sorted(self.ids.items(), key=lambda item: item[1])}
-
-    @cached_property
-    def added_tokens(self) -> dict[int, AddedToken]:
-        """Tokens that the tokenizer looks for in a text before it segments the rest."""
-        return dict(self.tokenizer.added_tokens_decoder) if self.tokenizer is not None else {}
-
-    @property
-    def token_ids(self) -> torch.LongTensor:
-        """Ids of the embedding's rows that are tokens; all of them where there is no tokenizer."""
-        if self.tokenizer is None:
-            return torch.arange(self.size)
-        return torch.tensor([number for number in self.tokens if number < self.size], dtype=torch.int64)
-
-    @property
-    def rowless_tokens(self) -> list[str]:
-        """Tokens that have no row in the embedding."""
-        return [token for number, token in self.tokens.items() if number >= self.size]
-
-    def has(self, token: str) -> bool:
-        """Whether a token has a row in the embedding."""
-        return self.ids.get(token, self.size) < self.size
-
-    def is_piece(self, number: int) -> bool:
-        """Whether an id is a token of the tokenizer's own segmentation, neither padding nor added."""
-        return number in self.tokens and number not in self.added_tokens
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """All ids that this checkpoint calls its end of sequence, in generation config, config or tokenizer."""
-        found = set()
-        for value in (
-            self.generation_config.eos_token_id,
-            self.special_ids.get("eos_token_id"),
-            getattr(self.tokenizer, "eos_token_id", None),
-        ):
-            found.update([] if value is None else [value] if isinstance(value, int) else value)
-        return sorted(number for number in found if 0 <= number < self.size)
-
-
-def read_vocabulary(
-    name: str, folder: Path, config: PreTrainedConfig, size: int, base: OwnVocabulary | None = None
-) -> OwnVocabulary:
-    """One checkpoint's vocabulary: an embedding of `size` rows, and the tokenizer of its folder if it has one.
-
-    An adapter, whose `base` is given, has the base's tokenizer and generation config where it brings none.
-    """
-    if base is not None and not (folder / "generation_config.json").exists():
-        generation_config = base.generation_config
-    elif (folder / "generation_config.json").exists():
-        with foreign(f"{name}: generation_config.json cannot be read"):
-            read_json(folder / "generation_config.json")
-            generation_config = GenerationConfig.from_pretrained(folder)
-    else:
-        generation_config = GenerationConfig.from_model_config(config)
-    drop_code_references(generation_config)
-    special_ids = {key: getattr(config, key, None) for key in SPECIAL_IDS}
-    check_token_ids(special_ids, f"{name}: config.json")
-    check_token_ids(
-        {key: getattr(generation_config, key, None) for key in SPECIAL_IDS}, f"{name}: generation_config.json"
-    )
-    tokenizer = load_tokenizer(name, folder)
-    if tokenizer is None and base is not None:
-        tokenizer, folder = base.tokenizer, base.tokenizer_folder
-    return OwnVocabulary(name, size, tokenizer, folder, special_ids, generation_config)
-
-
-def load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
-    """A folder's tokenizer; None where it has none, or one that cannot be loaded, which is said.
-
-    Raises:
-        ValueError: tokenizer_config.json is no JSON object, or a chat template's name cannot name a file.
-    """
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_SOURCES):
-        return None
-    has_code = "auto_map" in read_config_file(folder / TOKENIZER_CONFIG)
-    try:
-        tokenizer = read_tokenizer(folder)
-    except Exception as error:  # whatever a broken file or a missing backend makes of it
-        code = " (its own code, auto_map, is never run here)" if has_code else ""
-        logger.warning("the tokenizer of %s cannot be loaded%s: %s", name, code, one_line(error))
-        return None
-    if has_code:
-        logger.warning(
-            "the tokenizer of %s has code of its own (auto_map), which is never run here: %s reads its files, and may "
-            "segment otherwise",
-            name,
-            type(tokenizer).__name__,
-        )
-    for template in named_templates(tokenizer):
-        check_file_name(template, f"{name}: the chat template")
-    return tokenizer
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """A folder's tokenizer by Transformers' own classes, whatever code its files name."""
-    if "auto_map" not in read_config_file(folder / TOKENIZER_CONFIG):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    with tempfile.TemporaryDirectory() as copy:
-        copy_files(folder, Path(copy), (*TOKENIZER_FILES, "config.json"))
-        return AutoTokenizer.from_pretrained(copy, trust_remote_code=False)
 
 
 @dataclass(frozen=True)
@@ -503,62 +335,6 @@ def _warn(vocabulary: MergedVocabulary, expert: int) -> None:
         logger.warning("expert %r loses its end-of-sequence token: its answers end at the base's", own.name)
 
 
-def extended_tokenizer(base: PreTrainedTokenizerBase, tokens: list[AddedToken], first: int) -> PreTrainedTokenizerBase:
-    """The base's tokenizer with further tokens, the first at id `first`, as it will be loaded from its files.
-
-    Raises:
-        ValueError: a token would get another id than the next one, or a text without it would be encoded otherwise.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        base.save_pretrained(folder)
-        # Some classes build their own pipeline and forget what was changed in tokenizer.json; this one loads it.
-        file = Path(folder) / TOKENIZER_CONFIG
-        write_json(file, {**read_config_file(file), "tokenizer_class": "PreTrainedTokenizerFast"})
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        if any(token.content.startswith(PIECE_MARK) for token in tokens):
-            backend = tokenizer.backend_tokenizer
-            if backend.decoder is None:
-                raise ValueError(
-                    "the base's tokenizer has no decoder, so the pieces of an expert with another segmentation cannot "
-                    "be decoded: use tokenizer_source 'base'"
-                )
-            backend.decoder = decoders.Sequence([decoders.Replace(PIECE_MARK, ""), backend.decoder])
-        tokenizer.add_tokens(tokens)
-        tokenizer.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    for number, token in enumerate(tokens, start=first):
-        if tokenizer.convert_tokens_to_ids(token.content) != number:
-            raise ValueError(
-                f"the base's tokenizer gives the token {token.content!r} the id "
-                f"{tokenizer.convert_tokens_to_ids(token.content)}, expected {number}: its ids have gaps that it fills"
-            )
-    for text in SAMPLES:
-        if not any(token.content in text for token in tokens) and tokenizer.encode(text) != base.encode(text):
-            raise ValueError(f"the base's tokenizer ({type(base).__name__}) cannot be extended: it changes {text!r}")
-    return tokenizer
-
-
-def sample_texts(own: OwnVocabulary, max_added_tokens: int = 256) -> Iterator[str]:
-    """Texts on which an expert's tokenizer is compared: general ones, its added tokens, a rendered conversation."""
-    yield from SAMPLES
-    for token in list(own.added_tokens.values())[-max_added_tokens:]:
-        yield f"one{token.content}two {token.content} three"
-    for template in named_templates(own.tokenizer).values():
-        try:
-            messages = [{"role": "user", "content": "What is 12 + 30?"}, {"role": "assistant", "content": "42."}]
-            yield own.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-        except Exception:  # a template may refuse a conversation that it is not for
-            continue
-
-
-def named_templates(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]:
-    """A tokenizer's chat templates by name; a single one is the default."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        return {}
-    return dict(template) if isinstance(template, Mapping) else {DEFAULT_TEMPLATE: template}
-
-
 def with_special_tokens(template: str, own: Mapping[str, Any], merged: Mapping[str, Any]) -> str:
     """A chat template that writes its own special tokens (`{{ eos_token }}`) also under another tokenizer."""
     settings = []
@@ -582,46 +358,6 @@ def channel_runs(channels: torch.LongTensor) -> list[list[int]]:
     """Channels of own ids 0, 1, ... as runs of consecutive channels: [first channel, length]."""
     edges = [0, *((channels.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(channels)]
     return [[int(channels[a]), b - a] for a, b in pairwise(edges) if b > a]
-
-
-def layout_present(labels: torch.Tensor, present: torch.Tensor) -> RowLayout:
-    """`layout_rows` of channels that not all experts have.
-
-    Args:
-        labels: (N, O) groups.
-        present: (N, O) bool; labels elsewhere mean nothing.
-
-    Returns:
-        The layout; `channel_index` is -1 where an expert has no such channel.
-    """
-    experts = torch.arange(len(labels))[:, None]
-    layout = layout_rows(torch.where(present, labels, len(labels) + experts))
-    lead = (layout.row_owners & -layout.row_owners).double().log2().long()  # the lowest owner
-    kept = present[lead, layout.row_channel]
-    number = kept.cumsum(0) - 1
-    index = torch.where(present, number[layout.channel_index.long()], -1)
-    return RowLayout(index.to(torch.int32), layout.row_channel[kept], layout.row_owners[kept])
-
-
-def fill_missing_rows(experts: list[torch.Tensor], base: torch.Tensor, present: torch.Tensor) -> None:
-    """Give experts that lack a channel, in place, the row of the first that has it, or the base's if none has.
-
-    As a copy it makes no difference to the channel's number of distinct rows, and with weight 0 none to its groups.
-
-    Args:
-        experts: N tensors (C, *).
-        base: (C, *).
-        present: (N, C) bool.
-    """
-    first = present.int().argmax(0)
-    nobody = ~present.any(0)
-    for rows, has in zip(experts, present, strict=True):
-        for source, other in enumerate(experts):
-            wanted = ~has & (first == source) & ~nobody
-            if wanted.any():
-                rows[wanted] = other[wanted].to(rows.dtype)
-        if nobody.any():
-            rows[nobody] = base[nobody].to(rows.dtype)
 
 
 def some(names: list[str], limit: int = 20) -> str:

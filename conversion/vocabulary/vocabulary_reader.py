@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from conversion.io.weight_files import ExpertReader
+from conversion.io.row_reader import ExpertReader
 
 MEAN_ROWS = 1024  # rows of one step of a mean: fixed, so that it does not depend on any chunk size
 

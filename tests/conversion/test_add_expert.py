@@ -14,14 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from conversion import add_expert as module
 from conversion.add_expert import ROUTER_MARGIN, add_expert, grow_router
 from conversion.channels.row_layout import layout_rows
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.convert import convert
 from conversion.export import export_expert
 from conversion.merging.recipe import parse_recipe
 from conversion.push import check_checkpoint
-from conversion.report import inspect_checkpoint, report_tables
+from conversion.report import report_tables
 from conversion.train_router import main as train_router_of
-from conversion.vocabulary.merged_vocabulary import named_templates
+from conversion.vocabulary.own_vocabulary import named_templates
 
 
 def load_tensors(folder):

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion.channels.merge_methods import keep_mask
+from conversion.channels.keep_masks import keep_mask
 from conversion.channels.row_layout import layout_rows
 from conversion.convert import convert
 from conversion.merging.plan import make_plan

@@ -7,7 +7,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from conversion.report import format_bytes, format_count, inspect_checkpoint, plot_report, report_tables, row_owners
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint, row_owners
+from conversion.io.options import format_bytes, format_count
+from conversion.report import plot_report, report_tables
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2-tied", "qwen3", "gpt2-tied"])

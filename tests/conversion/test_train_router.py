@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from conversion import train_router
-from conversion.generate import load_tokenizer
-from conversion.report import format_bytes
+from conversion.io.options import format_bytes
+from conversion.router.arguments import parse_arguments
 from conversion.router.metrics import calibration, fit_temperature, probabilities
-from conversion.train_router import main, parse_arguments
+from conversion.train_router import main
+from conversion.vocabulary.prompts import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXPERTS = ["instruct", "math", "code"]

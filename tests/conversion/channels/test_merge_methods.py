@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conversion.channels import merge_methods
-from conversion.channels.merge_methods import MagnitudeThreshold, MergeMethod, keep_mask, merge_rows, row_deltas
+from conversion.channels import keep_masks, magnitude_threshold, merge_methods
+from conversion.channels.keep_masks import keep_mask
+from conversion.channels.magnitude_threshold import MagnitudeThreshold
+from conversion.channels.merge_methods import MergeMethod, merge_rows, row_deltas
 
 SHAPES = [(1, 1), (1, 63), (63, 1), (100, 63), (7, 20001)]
 
@@ -307,7 +309,7 @@ class TestMagnitudeThreshold:
     def test_tensors_larger_than_what_is_held(self, case, density, held, monkeypatch):
         """The same value when nearly everything is only counted, in at most two reads."""
         values = THRESHOLD_CASES[case]
-        monkeypatch.setattr(merge_methods, "MAX_HELD", held)
+        monkeypatch.setattr(magnitude_threshold, "MAX_HELD", held)
         for chunk in (977, 30000):
             value, reads = trim_threshold(values, density, chunk)
             assert value == kth_largest(values, density)
@@ -316,13 +318,13 @@ class TestMagnitudeThreshold:
     def test_one_read_is_enough(self, monkeypatch):
         """A twentieth of the tensor tells where the threshold is to look for."""
         values = THRESHOLD_CASES["normal"]
-        monkeypatch.setattr(merge_methods, "MAX_HELD", 1000)
+        monkeypatch.setattr(magnitude_threshold, "MAX_HELD", 1000)
         assert trim_threshold(values, 0.7, 500) == (kth_largest(values, 0.7), 1)
 
     def test_rows_unlike_the_first_take_a_second_read(self, monkeypatch):
         """The first rows say nothing about the rest: the window misses, the second read is exact."""
         values = THRESHOLD_CASES["normal"].sort().values
-        monkeypatch.setattr(merge_methods, "MAX_HELD", 1000)
+        monkeypatch.setattr(magnitude_threshold, "MAX_HELD", 1000)
         assert trim_threshold(values, 0.7, 500) == (kth_largest(values, 0.7), 2)
 
     @settings(max_examples=100, deadline=None)
@@ -398,7 +400,7 @@ class TestKeepMask:
         limit = int(0.3 * 2**32)
         for place in range(100):
             page, index = divmod(start + place, 2**32)
-            keys = merge_methods._mask_keys(3, "expert", "tensor", page)
+            keys = keep_masks._mask_keys(3, "expert", "tensor", page)
             assert mask[place].item() == (python_hash(index, *keys) < limit)
 
     @pytest.mark.parametrize("start", [0, 2**32 - 70_000], ids=["start", "page_end"])
@@ -410,7 +412,7 @@ class TestKeepMask:
                 for place in range(0, 150_000, step)
             ]
             assert torch.equal(torch.cat(parts), whole)
-        monkeypatch.setattr(merge_methods, "BLOCK_ELEMENTS", 777)
+        monkeypatch.setattr(keep_masks, "BLOCK_ELEMENTS", 777)
         assert torch.equal(keep_mask(0, "a", "t", start, 150_000, 0.7), whole)
 
     @pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.7, 0.999])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conversion.checkpoints.lora_reader import BLOCK_ROWS, LoraReader, add_low_rank
 from conversion.convert import convert
 from conversion.export import export_expert
-from conversion.io.weight_files import ExpertReader
+from conversion.io.row_reader import ExpertReader
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 

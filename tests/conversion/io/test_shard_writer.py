@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from conversion.io.journal import Journal
-from conversion.io.shard_writer import ShardWriter, TensorSpec, parse_size
+from conversion.io.options import parse_size
+from conversion.io.shard_writer import ShardWriter, TensorSpec
 
 
 def tensors():

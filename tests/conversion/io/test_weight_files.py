@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from conversion.checkpoints.tensor_names import match_names
 from conversion.convert import convert
-from conversion.io.weight_files import ExpertReader, match_names, read_header, read_headers
+from conversion.io.row_reader import ExpertReader
+from conversion.io.weight_files import read_header, read_headers
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 

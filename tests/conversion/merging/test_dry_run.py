@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conversion.convert import convert
-from conversion.io.weight_files import ExpertReader
+from conversion.io.row_reader import ExpertReader
 from conversion.merging import dry_run
 from conversion.merging.dry_run import plan_conversion, plan_tables
 from conversion.merging.memory_budget import CHUNK_BYTES, module_bytes, plan_memory

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from conversion.convert import convert
+from conversion.io.sources import find_source
 from conversion.io.staged_folder import FILE_LIST
-from conversion.merging.plan import find_source, make_plan
+from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 
 

@@ -5,7 +5,6 @@ from datasets import Dataset
 from tokenizers import Regex, normalizers
 from transformers import AutoModelForCausalLM
 
-from conversion.generate import load_tokenizer
 from conversion.router.data import (
     RouterCollator,
     check_splits,
@@ -17,6 +16,7 @@ from conversion.router.data import (
     with_styles,
     with_variants,
 )
+from conversion.vocabulary.prompts import load_tokenizer
 
 EXPERTS = ["instruct", "math", "code"]
 

@@ -7,25 +7,22 @@ import pytest
 from rich.console import Console
 from transformers import EvalPrediction
 
+from conversion.router.evaluation_report import card_section, evaluation_tables, plot_confusion, summary
 from conversion.router.metrics import (
     CALIBRATION_FOLDS,
     MIN_CALIBRATION_QUERIES,
     NUM_BINS,
     THRESHOLDS,
     calibration,
-    card_section,
     confusion_matrix,
     cross_fitted_temperatures,
     evaluate_router,
-    evaluation_tables,
     expected_calibration_error,
     fit_temperature,
     negative_log_likelihood,
-    plot_confusion,
     probabilities,
     recalls,
     router_metrics,
-    summary,
     useful_temperature,
 )
 

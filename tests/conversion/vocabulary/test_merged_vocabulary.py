@@ -28,24 +28,18 @@ from transformers import (
 from conversion.__main__ import main
 from conversion.channels.grouping import equal_rows, gram_matrices, group_channels, partition_costs
 from conversion.channels.merge_methods import merge_rows
-from conversion.channels.row_layout import layout_rows
+from conversion.channels.row_layout import layout_present, layout_rows
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.checkpoints.merged_checkpoint import read_config
 from conversion.convert import convert
 from conversion.export import export_expert
 from conversion.generate import ExpertTokenizer, answer_prompts, read_conversations
+from conversion.merging.block_reader import fill_missing_rows
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
-from conversion.report import inspect_checkpoint
 from conversion.train_router import main as train_router
-from conversion.vocabulary.merged_vocabulary import (
-    PIECE_MARK,
-    SAMPLES,
-    channel_runs,
-    fill_missing_rows,
-    inverse,
-    layout_present,
-    with_special_tokens,
-)
+from conversion.vocabulary.merged_vocabulary import channel_runs, inverse, with_special_tokens
+from conversion.vocabulary.union_tokenizer import PIECE_MARK, SAMPLES
 
 FAMILIES = {
     "llama": lambda size: LlamaConfig(**SIZES, vocab_size=size),

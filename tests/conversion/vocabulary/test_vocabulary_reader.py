@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversion.io.weight_files import ExpertReader, read_headers
+from conversion.io.row_reader import ExpertReader
+from conversion.io.weight_files import read_headers
 from conversion.vocabulary.vocabulary_reader import MEAN_ROWS, VocabularyReader
 
 OWN_IDS = torch.tensor([0, 1, 2, -1, -1, 5, 3, 4, -1, 0])

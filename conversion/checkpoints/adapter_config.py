@@ -1,0 +1,147 @@
+"""What adapter_config.json of a LoRA adapter says, checked setting by setting."""
+
+import logging
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conversion.io.foreign_files import foreign, read_json
+from conversion.io.sources import ADAPTER_CONFIG, Source
+
+logger = logging.getLogger(__name__)
+
+MERGED_EXPERT = "merged_expert"  # the setting that names the expert of a merged model that an adapter is of
+
+# Settings that are read here, or that change nothing once the adapter is trained. Any other that is set is refused.
+KNOWN_SETTINGS = frozenset(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
+    fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
+    lora_bias lora_dropout lora_ga_config megatron_config megatron_core merged_expert modules_to_save modules_to_tie
+    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
+    target_modules_to_tie task_type trainable_token_indices use_dora use_rslora
+    """.split()
+)
+# Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and others do not.
+KNOWN_INITIALISATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says about the values of the adapted weights."""
+
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    base_model: str | None
+    modules_to_save: tuple[str, ...]
+    token_indices: Mapping[str, list[int]] | list[int] | None  # by module, or the embedding's
+    merged_expert: str | None = None  # the expert of a merged model that was adapted, and not the base
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        rank = self.rank_of(module)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def tokens_of(self, module: str) -> list[int] | None:
+        """Ids of the trained tokens of a module; None where it has none."""
+        if not isinstance(self.token_indices, Mapping):
+            return self.token_indices
+        return next((ids for name, ids in self.token_indices.items() if is_named(module, name)), None)
+
+
+def read_adapter_config(source: Source) -> AdapterConfig:
+    """Read and check adapter_config.json.
+
+    Raises:
+        ValueError: it cannot be read, is no LoRA, or has a setting that is not supported; by name.
+    """
+    with foreign(f"{source.name}: {ADAPTER_CONFIG} of {source.model} cannot be read"):
+        values = read_json(source.folder / ADAPTER_CONFIG)
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{source.name}: {source.model} is a PEFT adapter of type {str(kind)[:80]}, only LORA can be merged"
+        )
+    for key, value in sorted(values.items()):
+        if key not in KNOWN_SETTINGS and value:
+            raise ValueError(f"{source.name}: {source.model} sets {key} to {value!r}, which is not supported")
+    initialisation = values.get("init_lora_weights")
+    if initialisation not in KNOWN_INITIALISATIONS:
+        raise ValueError(
+            f"{source.name}: {source.model} was trained with init_lora_weights {initialisation!r}, which changes the "
+            "base's weights: save it as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    for key in ("base_model_name_or_path", MERGED_EXPERT):
+        if not isinstance(values.get(key), str | None):
+            raise ValueError(
+                f"{source.name}: {ADAPTER_CONFIG} of {source.model}: {key} is {reprlib.repr(values[key])}, "
+                "expected a name"
+            )
+    try:
+        ranks = {key: int(rank) for key, rank in (values.get("rank_pattern") or {}).items()}
+        alphas = {key: float(alpha) for key, alpha in (values.get("alpha_pattern") or {}).items()}
+        if min((int(values["r"]), *ranks.values())) < 1:
+            raise ValueError("a rank is at least 1")
+        for pattern in (*ranks, *alphas):
+            re.compile(pattern)
+        return AdapterConfig(
+            rank=int(values["r"]),
+            alpha=float(values["lora_alpha"]),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            use_rslora=bool(values.get("use_rslora")),
+            use_dora=bool(values.get("use_dora")),
+            base_model=values.get("base_model_name_or_path"),
+            modules_to_save=tuple(values.get("modules_to_save") or ()),
+            token_indices=values.get("trainable_token_indices"),
+            merged_expert=values.get(MERGED_EXPERT),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, re.error):
+        keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+        shown = ", ".join(f"{key} {reprlib.repr(values.get(key))}" for key in keys)
+        raise ValueError(
+            f"{source.name}: {ADAPTER_CONFIG} of {source.model} must have numbers r (at least 1) and lora_alpha, "
+            f"and patterns with numbers, got {shown}"
+        ) from None
+
+
+def compare_base_names(config: AdapterConfig, source: Source, base: Source) -> None:
+    """Warn of an adapter that was trained on a model of another name. A folder counts by its last part."""
+    if not config.base_model:
+        return
+    theirs, ours = (Path(name).name.lower() for name in (config.base_model, base.repository))
+    if theirs != ours:
+        logger.warning(
+            "expert %r is an adapter of %s, here it is put on %s: make sure that they are the same model",
+            source.name,
+            config.base_model,
+            base.model,
+        )
+
+
+def refuse_merged_expert(source: Source, config: AdapterConfig) -> None:
+    if config.merged_expert is not None:
+        raise ValueError(
+            f"{source.name}: {source.model} adapts the expert {config.merged_expert!r} of a channel-merged "
+            "checkpoint and not a base model: fold it into that checkpoint with channel-merge add-expert"
+        )
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether a module's path is a name or ends with it."""
+    return module == name or module.endswith(f".{name}")
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that a module's path, or an end of it, matches; PEFT's rule."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

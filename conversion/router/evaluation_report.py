@@ -1,0 +1,152 @@
+"""The evaluation of a router for readers: tables, a picture, a section of the model card."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+from rich.table import Table
+
+from conversion.router.metrics import MIN_CALIBRATION_QUERIES
+
+MAX_SOURCES = 20  # in a table for readers; the JSON has all
+METRICS_FILE = "router_eval.json"
+PLOT_FILE = "router_confusion.png"
+ROUTER_SECTION = "## Router"
+
+
+def share(value: float | None) -> str:
+    """A share for a reader."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def confusion_rows(metrics: dict[str, Any], picked: str = "picked ") -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the confusion matrix; `picked` stands before the columns' names."""
+    names = metrics["expert_names"]
+    head = ["right expert", *(f"{picked}{name}" for name in names), "recall"]
+    matrix = metrics["confusion_matrix"]
+    return head, [[name, *map(str, row), share(metrics["recall"][name])] for name, row in zip(names, matrix)]
+
+
+def source_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of sources, those with the most queries."""
+    rows = []
+    sources = sorted(metrics["sources"].items(), key=lambda item: -item[1]["queries"])
+    for source, values in sources[:MAX_SOURCES]:
+        picked = sorted(values["picked"].items(), key=lambda item: -item[1])
+        text = ", ".join(f"{name} {count}" for name, count in picked if count)
+        rows.append([source, f"{values['queries']:,}", share(values["accuracy"]), share(values["probability"]), text])
+    if more := len(sources) - len(rows):
+        rows.append([f"{more} more, see {METRICS_FILE}", "", "", "", ""])
+    return ["source", "queries", "accuracy", "mean probability", "picked"], rows
+
+
+def threshold_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of thresholds."""
+    keys = ("coverage", "accuracy", "accuracy_with_default")
+    rows = [[f"{row['threshold']:g}", *(share(row[key]) for key in keys)] for row in metrics["thresholds"]]
+    return ["threshold", "router decides", "right of those", "right of all, the rest to the default"], rows
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The evaluation in one line."""
+    return (
+        f"accuracy {metrics['accuracy']:.3f}, macro accuracy {metrics['macro_accuracy']:.3f} on "
+        f"{metrics['queries']:,} queries; {calibration_summary(metrics['calibration'])}"
+    )
+
+
+def calibration_summary(calibration: dict[str, Any]) -> str:
+    """The calibration in a clause."""
+    if calibration["ece"] is None:
+        return (
+            f"temperature {calibration['temperature']:.3g}, no calibration error: fewer than "
+            f"{MIN_CALIBRATION_QUERIES} queries"
+        )
+    return (
+        f"calibration error {calibration['ece']:.3f} ({calibration['folds']}-fold cross-fitted) with the temperature, "
+        f"now {calibration['temperature']:.3g}, and {calibration['ece_before']:.3f} without"
+    )
+
+
+def evaluation_tables(metrics: dict[str, Any]) -> list[Table | str]:
+    """The evaluation for a terminal, as rich renderables."""
+    parts: list[Table | str] = []
+    for title, (head, rows) in (
+        ("Queries by right expert (row) and picked expert (column)", confusion_rows(metrics, picked="")),
+        ("\nQueries by source", source_rows(metrics)),
+        ("\nWhat a threshold would do", threshold_rows(metrics)),
+    ):
+        table = Table(head[0])
+        for name in head[1:]:
+            table.add_column(escape(name), justify="left" if name == "picked" else "right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        parts += [title, table]
+    return [*parts, summary(metrics)]
+
+
+def plot_confusion(metrics: dict[str, Any], file: str | Path) -> None:
+    """Draw the confusion matrix: counts, coloured by their share of the right expert's queries.
+
+    Raises:
+        ValueError: matplotlib is not installed, or it cannot write files of this suffix.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError("a plot needs matplotlib: pip install 'channel-merged[plot]'") from error
+    matrix, names = np.array(metrics["confusion_matrix"]), metrics["expert_names"]
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    size = 3 + 0.7 * len(names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.ndindex(*matrix.shape):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", color=color)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("picked expert")
+    axes.set_ylabel("right expert")
+    axes.set_title(f"Router on {metrics['queries']:,} queries: {metrics['accuracy']:.1%} right")
+    figure.colorbar(image, ax=axes, label="share of the right expert's queries")
+    figure.savefig(file, dpi=110)
+
+
+def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
+    """The model card's section about the router, in Markdown."""
+    calibration = metrics["calibration"]
+    error = (
+        f"They are too few (at least {MIN_CALIBRATION_QUERIES} are needed) to say how far off the probabilities are."
+        if calibration["ece"] is None
+        else f"On queries that it is not fitted to, the expected calibration error ({calibration['bins']} bins) is "
+        f"{calibration['ece']:.3f}, without a temperature {calibration['ece_before']:.3f}: measured by "
+        f"{calibration['folds']}-fold cross-fitting. The tables show the fitted queries themselves."
+    )
+    threshold = (
+        f"Below a probability of {metrics['threshold']:g} the default expert answers (`config.router['threshold']`)."
+        if metrics["threshold"]
+        else "Its pick always answers; a threshold in `config.router['threshold']` would hand doubtful queries to the "
+        "default expert:"
+    )
+    parts = [
+        ROUTER_SECTION,
+        f"The router was trained on {metrics['training']['queries']:,} queries. It sends {metrics['accuracy']:.1%} of "
+        f"{metrics['queries']:,} evaluation queries to the right expert (mean of the experts' recalls "
+        f"{metrics['macro_accuracy']:.1%}).",
+        markdown_table(*confusion_rows(metrics)),
+        *([f"![Queries by right and picked expert]({PLOT_FILE})"] if has_plot else []),
+        markdown_table(*source_rows(metrics)),
+        f"Its logits are divided by a temperature of {calibration['temperature']:.3g}, which was fitted to the "
+        f"evaluation queries. {error} {threshold}",
+        markdown_table(*threshold_rows(metrics)),
+    ]
+    return "\n\n".join(parts)
+
+
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        f"| {' | '.join(' '.join(cell.split()).replace('|', '&#124;') for cell in line)} |" for line in lines
+    )

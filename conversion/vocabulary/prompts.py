@@ -1,0 +1,63 @@
+"""Prompts on their way to token ids: tokenizer with padding, chat template, batch."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from conversion.io.foreign_files import foreign
+from conversion.vocabulary.own_vocabulary import read_tokenizer
+
+Prompt = str | list[dict[str, Any]]  # a text, or chat messages
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, with a padding token (the end-of-text token if it has none of its own)."""
+    with foreign(f"the tokenizer of {folder}"):
+        tokenizer = read_tokenizer(folder)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {folder} has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def uses_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool | None) -> bool:
+    """Whether prompts are put into a chat template: as asked for, or if there is one."""
+    if chat and not tokenizer.chat_template:
+        raise ValueError("the tokenizer of this checkpoint has no chat template: leave out --chat")
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    if not chat and not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError("messages need a chat template, and none is used: give texts instead")
+    return chat
+
+
+def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None) -> str:
+    """The text of a prompt in a tokenizer's default chat template, or the one with the name `template`.
+
+    Raises:
+        ValueError: the template does not take these messages.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        name = "default chat template" if template is None else f"chat template {template!r}"
+        raise ValueError(f"the {name} does not take messages of the roles {roles}: {error}") from error
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool) -> BatchEncoding:
+    """Left-padded `input_ids` and `attention_mask`, both (B, T) int64, as the router reads them."""
+    # A chat template writes the special tokens itself.
+    return tokenizer(
+        [render(tokenizer, prompt) for prompt in prompts] if chat else prompts,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not chat,
+        return_token_type_ids=False,
+        return_tensors="pt",
+    )
