@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from conversion.addition.copying_pass import output_tensors, write_tensors
+from conversion.addition.copying_pass import extended_tensors, write_tensors
 from conversion.addition.matching_pass import chunks_of, match_module
 from conversion.addition.model_folder import ROUTER_PREFIX, extended_config, merged_parameters, write_files
 from conversion.addition.plan import Addition, check_out, plan_addition
@@ -126,7 +126,7 @@ def add_expert(
             bar.set_description("writing rows")
             config = extended_config(addition, modules)
             router = extended_router(addition, config)
-            writer = ShardWriter(staged.path, output_tensors(addition, modules, router), max_shard_size)
+            writer = ShardWriter(staged.path, extended_tensors(addition, modules, router), max_shard_size)
             try:
                 write_tensors(addition, modules, router, writer, chunk_bytes, bar)
                 writer.finish({"total_parameters": config.merge["parameters"]["stored"]})

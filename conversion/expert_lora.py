@@ -129,7 +129,7 @@ def adapt_expert(model: nn.Module, expert: str, adapter: LoraConfig | str | Path
     if getattr(model.config, "model_type", None) != "channel_merged":
         raise ValueError(f"{type(model).__name__} is no channel-merged model: give PEFT's get_peft_model any other")
     model.config.expert_id(expert)
-    config = adapter if isinstance(adapter, LoraConfig) else read_config(Path(adapter), expert)
+    config = adapter if isinstance(adapter, LoraConfig) else read_lora_config(Path(adapter), expert)
     values = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
     check_settings(values)
     values |= {"task_type": TASK_TYPE, "target_modules": values["target_modules"] or ALL_LINEAR}
@@ -147,7 +147,7 @@ def adapt_expert(model: nn.Module, expert: str, adapter: LoraConfig | str | Path
     return peft_model
 
 
-def read_config(folder: Path, expert: str) -> LoraConfig:
+def read_lora_config(folder: Path, expert: str) -> LoraConfig:
     """The settings of an adapter of this expert."""
     try:
         values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))

@@ -19,7 +19,7 @@ from conversion.merging.merging_pass import write_copy
 from conversion.vocabulary.vocabulary_reader import MEAN_ROWS
 
 
-def output_tensors(
+def extended_tensors(
     addition: Addition, modules: Mapping[str, ModuleAddition], router: Mapping[str, torch.Tensor]
 ) -> list[TensorSpec]:
     """Every tensor of the new checkpoint."""

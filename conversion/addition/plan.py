@@ -13,7 +13,7 @@ from conversion.checkpoints.adapter_config import read_adapter_config
 from conversion.checkpoints.architecture import make_reader, parameter_shapes, vocabulary_paths
 from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
 from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
-from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_config
+from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_merged_config
 from conversion.checkpoints.stored_expert import StoredExpertReader
 from conversion.io.model_files import check_file_name, same_file
 from conversion.io.row_reader import ExpertReader
@@ -80,7 +80,7 @@ def plan_addition(
 ) -> Addition:
     """Find and check the checkpoint, the new expert and, where it is needed, the base: configs and headers only."""
     found = find_checkpoint(checkpoint)
-    old = read_config(found.folder)
+    old = read_merged_config(found.folder)
     check_name(name, old, replace)
     source = find_source(name, str(expert), Path())
     adapted = None

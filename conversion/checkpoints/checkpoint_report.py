@@ -99,7 +99,9 @@ class CheckpointReport:
 def inspect_checkpoint(checkpoint: str | Path) -> CheckpointReport:
     """Report on a checkpoint folder or Hub id; reads no weights."""
     with MergedCheckpoint(checkpoint) as merged:
-        owners = {path: row_owners(merged.channel_index(path), merged.num_rows(path)) for path in stored_paths(merged)}
+        owners = {
+            path: owners_of_rows(merged.channel_index(path), merged.num_rows(path)) for path in stored_paths(merged)
+        }
         for path in merged.modules.channel.keys() - owners.keys():
             merged.channel_index(path)  # a tied head stores no rows, but its index must be valid too
         norms = _conversion_norms(merged)
@@ -132,7 +134,7 @@ def stored_paths(merged: MergedCheckpoint) -> list[str]:
     return [path for path, module in merged.modules.channel.items() if module.tied_to is None]
 
 
-def row_owners(channel_index: torch.Tensor, num_rows: int) -> torch.Tensor:
+def owners_of_rows(channel_index: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Bit mask of the experts that read each stored row: int64 (R,), from channel_index (N, O)."""
     owners = torch.zeros(num_rows, dtype=torch.int64)
     for expert, index in enumerate(channel_index.long()):

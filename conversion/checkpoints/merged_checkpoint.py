@@ -22,7 +22,7 @@ ROUTER_TENSORS = ("router.head.weight", "router.head.bias")
 NGRAM_TENSOR = "router.ngrams.weight"
 
 
-def read_config(folder: Path) -> ChannelMergedConfig:
+def read_merged_config(folder: Path) -> ChannelMergedConfig:
     """The config of a channel-merged checkpoint; ValueError where the folder holds something else."""
     file = folder / "config.json"
     config = read_model_config(file)
@@ -71,7 +71,7 @@ class MergedCheckpoint:
     def __init__(self, checkpoint: str | Path | Source):
         self.source = checkpoint if isinstance(checkpoint, Source) else find_checkpoint(checkpoint)
         self.folder = self.source.folder
-        self.config = read_config(self.folder)
+        self.config = read_merged_config(self.folder)
         with foreign(f"{self.folder / 'config.json'}"):
             self.base_model, self.modules = base_architecture(self.config.text_config)
         self.tensors = read_headers(self.folder)

@@ -118,13 +118,13 @@ def read_vocabulary(
     check_token_ids(
         {key: getattr(generation_config, key, None) for key in SPECIAL_IDS}, f"{name}: generation_config.json"
     )
-    tokenizer = load_tokenizer(name, folder)
+    tokenizer = find_tokenizer(name, folder)
     if tokenizer is None and base is not None:
         tokenizer, folder = base.tokenizer, base.tokenizer_folder
     return OwnVocabulary(name, size, tokenizer, folder, special_ids, generation_config)
 
 
-def load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
     """A folder's tokenizer; None where it has none, or one that cannot be loaded, which is said.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from conversion.checkpoints.checkpoint_report import inspect_checkpoint, row_owners
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint, owners_of_rows
 from conversion.io.options import format_bytes, format_count
 from conversion.report import plot_report, report_tables
 
@@ -56,7 +56,7 @@ def test_smaller_vocabularies_count_as_they_are(tmp_path, write_checkpoint):
 
 def test_row_owners():
     index = torch.tensor([[0, 1, 2], [2, 3, -1]], dtype=torch.int32)
-    assert row_owners(index, 5).tolist() == [1, 1, 3, 2, 0]
+    assert owners_of_rows(index, 5).tolist() == [1, 1, 3, 2, 0]
 
 
 def test_router_state(stored):

@@ -30,7 +30,7 @@ from conversion.channels.grouping import equal_rows, gram_matrices, group_channe
 from conversion.channels.merge_methods import merge_rows
 from conversion.channels.row_layout import layout_present, layout_rows
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
-from conversion.checkpoints.merged_checkpoint import read_config
+from conversion.checkpoints.merged_checkpoint import read_merged_config
 from conversion.convert import convert
 from conversion.export import export_expert
 from conversion.generate import ExpertTokenizer, answer_prompts, read_conversations
@@ -343,7 +343,7 @@ def test_equal_vocabularies_change_nothing(make_experts, write_recipe, tmp_path)
     for file in ("tokenizer.json", "generation_config.json", "model.safetensors"):
         assert (tmp_path / "base" / file).read_bytes() == (tmp_path / "union" / file).read_bytes()
     assert (tmp_path / "union" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-    config = read_config(tmp_path / "union")
+    config = read_merged_config(tmp_path / "union")
     assert config.expert_eos_token_ids is None and config.vocab_size == NUM_BASE_TOKENS
     assert config.expert_vocabularies["e1"]["runs"] == [[0, NUM_BASE_TOKENS]]
 
@@ -369,7 +369,7 @@ def test_base_names_what_it_drops(llama, tmp_path, caplog):
     # chat's tokens are in the place of padding: their rows stay, their names do not.
     assert "'chat' has 2 tokens that the base's tokenizer calls otherwise" in caplog.text
     assert "'<|im_start|>', '<|im_end|>'" in caplog.text and "'[PAD]', '<fim>'" in caplog.text
-    config = read_config(tmp_path / "out")
+    config = read_merged_config(tmp_path / "out")
     assert config.vocab_size == BASE_SIZE
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     logits = model(torch.tensor([[1, 2, 3]]), expert_index="code").logits
@@ -399,7 +399,7 @@ def test_base_drops_rows_beyond_its_own(llama, tmp_path, caplog):
     # Its own tokenizer would make tokens that are not there any more: the merged one serves.
     assert not (tmp_path / "out" / "experts" / "big").exists()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    speaker = ExpertTokenizer(tmp_path / "out", read_config(tmp_path / "out"), tokenizer, "big")
+    speaker = ExpertTokenizer(tmp_path / "out", read_merged_config(tmp_path / "out"), tokenizer, "big")
     assert speaker.encode("a<extra_6>", chat=True) == tokenizer.encode("[a<extra_6>]</s>")
     assert speaker.decode(tokenizer.encode("so</s>")) == "so"
     export_expert(tmp_path / "out", "big", tmp_path / "export")
@@ -439,7 +439,7 @@ def test_tokens_without_rows_are_named(llama, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         out = experts.convert(tmp_path / "out", "math", "lost")
     assert "more tokens than its embedding has rows (259), left out are: '<lost>'" in caplog.text
-    speaker = ExpertTokenizer(out, read_config(out), AutoTokenizer.from_pretrained(out), "lost")
+    speaker = ExpertTokenizer(out, read_merged_config(out), AutoTokenizer.from_pretrained(out), "lost")
     with pytest.raises(ValueError, match="expert 'lost' has no row for the token '<lost>'"):
         speaker.encode("a<lost>", chat=False)
 
@@ -466,11 +466,11 @@ def test_special_tokens_of_the_base_move_with_its_padding(llama, tmp_path):
     for file in (base / "config.json", base / "generation_config.json"):
         file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token_id": 263}))
     out = Experts(base, llama.folders).convert(tmp_path / "out")
-    assert read_config(out).pad_token_id == read_config(out).text_config.pad_token_id == 267
+    assert read_merged_config(out).pad_token_id == read_merged_config(out).text_config.pad_token_id == 267
     assert json.loads((out / "generation_config.json").read_text())["pad_token_id"] == 267
     # Nobody has that row any more.
     out = Experts(base, llama.folders).convert(tmp_path / "none", "code", "small")
-    assert read_config(out).pad_token_id is None
+    assert read_merged_config(out).pad_token_id is None
     assert AutoModelForCausalLM.from_pretrained(out).generation_config.pad_token_id is None
 
 
@@ -506,7 +506,7 @@ def test_an_extended_segmentation(tmp_path):
     )
     out = experts.convert(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(out)
-    assert read_config(out).vocab_size == 264
+    assert read_merged_config(out).vocab_size == 264
     for text in (*SAMPLES, "hello hell wor"):
         assert tokenizer.encode(text) == base_tokenizer.encode(text)
         own = wide_tokenizer.encode(text)
@@ -521,7 +521,7 @@ def test_an_extended_segmentation(tmp_path):
     assert report["plain"]["encoding"]["foreign_tokens"] == ["<cn>"] and wide["foreign_tokens"] == []
     assert "`wide`: the tokenizer segments otherwise" in (out / "README.md").read_text()
     # The helper reads and writes with the expert's own tokenizer.
-    speaker = ExpertTokenizer(out, read_config(out), tokenizer, "wide")
+    speaker = ExpertTokenizer(out, read_merged_config(out), tokenizer, "wide")
     assert speaker.encode("hello", chat=False) == wide_tokenizer.encode("hello")
     assert speaker.decode(wide_tokenizer.encode("hello")) == "hello"
 
@@ -825,7 +825,7 @@ def test_an_end_that_all_experts_share_is_that_of_the_model(llama, tmp_path):
         for seed, name in enumerate(("a", "b"))
     }
     out = Experts(llama.base, folders).convert(tmp_path / "out")
-    config = read_config(out)
+    config = read_merged_config(out)
     assert config.expert_eos_token_ids is None and config.eos_token_id == 260
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 260
 
@@ -927,7 +927,7 @@ def test_a_trained_router_keeps_the_experts_files(merged_llama, tmp_path):
     )
     before, after = ({f.relative_to(d) for f in d.glob("experts/*/*")} for d in (merged_llama, tmp_path / "out"))
     assert before == after and Path("experts/chat/tokenizer.json") in after
-    old, new = read_config(merged_llama), read_config(tmp_path / "out")
+    old, new = read_merged_config(merged_llama), read_merged_config(tmp_path / "out")
     assert old.expert_vocabularies == new.expert_vocabularies and old.expert_eos_token_ids == new.expert_eos_token_ids
     templates = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert templates == AutoTokenizer.from_pretrained(merged_llama).chat_template
@@ -948,7 +948,7 @@ def test_an_adapter_beside_a_larger_vocabulary(llama, tmp_path):
                 parameter.normal_(std=0.1)
     model.save_pretrained(tmp_path / "lora")
     out = Experts(llama.base, {"chat": llama.folders["chat"], "lora": tmp_path / "lora"}).convert(tmp_path / "out")
-    assert read_config(out).vocabulary_channels("lora") == [*range(259), 261, 262, 263, 264, 265]
+    assert read_merged_config(out).vocabulary_channels("lora") == [*range(259), 261, 262, 263, 264, 265]
     export_expert(out, "lora", tmp_path / "export")
     state = load_file(tmp_path / "export" / "model.safetensors")
     for key, value in model.merge_and_unload().state_dict().items():
