@@ -3,77 +3,10 @@ import json
 import sys
 
 import pytest
-import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 
-from conversion.checkpoints.checkpoint_report import inspect_checkpoint, owners_of_rows
-from conversion.io.options import format_bytes, format_count
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.report import plot_report, report_tables
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen2-tied", "qwen3", "gpt2-tied"])
-@pytest.mark.parametrize("num_experts", [2, 3, 5])
-def test_counts(tmp_path, write_checkpoint, architecture, num_experts):
-    """Rows, owners and parameters are those of the checkpoint's tensors and of the experts' state dicts."""
-    names = tuple(f"expert{number}" for number in range(num_experts))
-    stored = write_checkpoint(tmp_path / "merged", architecture, names)
-    report = inspect_checkpoint(stored.folder)
-    tensors = load_file(stored.folder / "model.safetensors")
-    weights = {key: value for key, value in tensors.items() if key.startswith("model.") and "channel_index" not in key}
-    assert report.parameters == sum(value.numel() for value in weights.values())
-    assert report.expert_parameters == sum(value.numel() for expert in stored.experts for value in expert.values())
-    assert report.index_bytes == sum(value.nbytes for key, value in tensors.items() if "channel_index" in key)
-    assert report.router_bytes == 4 * num_experts * (12 + 1)
-    expected: dict[str, int] = {}
-    for path in {key.removesuffix(".rows.weight") for key in weights if key.endswith(".rows.weight")}:
-        for channel in stored.labels[path.removeprefix("model.")].T.tolist():
-            for lead in set(channel):
-                owners = " + ".join(name for name, label in zip(names, channel) if label == lead)
-                expected[owners] = expected.get(owners, 0) + 1
-    assert report.rows_by_owners == expected
-    assert sum(kind.rows for kind in report.kinds) == sum(expected.values())
-    for matrix in report.matrices:
-        assert sum(matrix.rows_by_owner_count) == matrix.rows
-
-
-def test_kinds_of_a_llama(stored):
-    kinds = {kind.kind: kind for kind in inspect_checkpoint(stored.folder).kinds}
-    assert list(kinds) == [
-        *("embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        *("lm_head", "kept per expert"),
-    ]
-    assert (kinds["q_proj"].modules, kinds["q_proj"].channels) == (2, 32)
-    assert kinds["kept per expert"].parameters == 3 * 5 * 12
-
-
-def test_smaller_vocabularies_count_as_they_are(tmp_path, write_checkpoint):
-    stored = write_checkpoint(tmp_path / "merged", vocab_sizes=(23, 20, 21))
-    matrices = {matrix.path: matrix for matrix in inspect_checkpoint(stored.folder).matrices}
-    for path in ("lm_head", "model.embed_tokens"):
-        assert matrices[path].expert_parameters == (23 + 20 + 21) * 12
-
-
-def test_row_owners():
-    index = torch.tensor([[0, 1, 2], [2, 3, -1]], dtype=torch.int32)
-    assert owners_of_rows(index, 5).tolist() == [1, 1, 3, 2, 0]
-
-
-def test_router_state(stored):
-    assert not inspect_checkpoint(stored.folder).router_trained
-    tensors = load_file(stored.folder / "model.safetensors")
-    tensors["router.head.weight"][0, 0] = 1
-    save_file(tensors, stored.folder / "model.safetensors", metadata={"format": "pt"})
-    assert inspect_checkpoint(stored.folder).router_trained
-
-
-def test_index_of_a_tied_head_is_checked(tmp_path, write_checkpoint):
-    stored = write_checkpoint(tmp_path / "merged", "qwen2-tied")
-    tensors = load_file(stored.folder / "model.safetensors")
-    tensors["model.lm_head.channel_index"][0, 0] = 999
-    save_file(tensors, stored.folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lm_head.channel_index holds row 999"):
-        inspect_checkpoint(stored.folder)
 
 
 def test_tables_name_everything(stored):
@@ -104,13 +37,6 @@ def test_plot_without_matplotlib(stored, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'channel-merged\[plot\]'"):
         plot_report(inspect_checkpoint(stored.folder), tmp_path / "sharing.png")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(12, "12 bytes"), (1500, "1.50 kB"), (2_500_000, "2.50 MB"), (3_000_000_000, "3.00 GB")]
-)
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text
 
 
 @pytest.fixture
@@ -205,10 +131,3 @@ def test_plot_shows_errors_where_they_were_measured(measured, tmp_path):
     plot_report(inspect_checkpoint(measured.folder), tmp_path / "without.png")
     heights = [int.from_bytes((tmp_path / f"{name}.png").read_bytes()[20:24], "big") for name in ("with", "without")]
     assert heights[0] > 1.5 * heights[1]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0"), (9999, "9,999"), (13_312, "13.31 k"), (1_970_688, "1.971 M"), (7 * 10**9, "7 G")]
-)
-def test_format_count(count, text):
-    assert format_count(count) == text

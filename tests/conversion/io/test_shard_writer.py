@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from conversion.io.journal import Journal
-from conversion.io.options import parse_size
 from conversion.io.shard_writer import ShardWriter, TensorSpec
 
 
@@ -118,13 +117,6 @@ def test_finished_shards_are_taken_over_and_others_are_written_again(tmp_path):
     writer.finish()
     loaded = load(tmp_path)
     assert all(torch.equal(loaded[name], value) for name, value in values.items())
-
-
-def test_sizes_are_read_as_people_write_them():
-    assert [parse_size(size) for size in (7, "7", "5GB", "1.5 MB", "2KiB")] == [7, 7, 5 * 10**9, 1500000, 2048]
-    for wrong in ("5 apples", "", "-1", "0"):
-        with pytest.raises(ValueError, match="max_shard_size"):
-            parse_size(wrong)
 
 
 def open_files(folder):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversion.checkpoints.tensor_names import match_names
 from conversion.convert import convert
 from conversion.io.row_reader import ExpertReader
 from conversion.io.weight_files import read_header, read_headers
@@ -237,16 +236,3 @@ def test_pickles_that_cannot_be_read_in_parts_are_refused(tmp_path, tensors):
                 archive.writestr(name, data)
         with pytest.raises(ValueError, match=message):
             read_headers(tmp_path)
-
-
-def test_names_match_with_and_without_the_models_prefix():
-    stored = ["layers.0.w", "model.layers.1.w", "lm_head.weight", "layers.0.rotary_emb.inv_freq", "what.is.this"]
-    wanted = ["model.layers.0.w", "layers.1.w", "lm_head.weight", "model.norm.weight"]
-    found, missing, extra = match_names(stored, wanted, "model")
-    assert found == {
-        "model.layers.0.w": "layers.0.w",
-        "layers.1.w": "model.layers.1.w",
-        "lm_head.weight": "lm_head.weight",
-    }
-    assert missing == ["model.norm.weight"]
-    assert extra == ["what.is.this"]
