@@ -20,7 +20,14 @@ from conversion.io.foreign_files import foreign, read_json_lines
 from conversion.io.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
 from conversion.io.options import find_device
 from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
-from conversion.vocabulary.prompts import Prompt, encode_prompts, load_tokenizer, render, uses_chat_template
+from conversion.vocabulary.prompts import (
+    Prompt,
+    encode_prompts,
+    load_tokenizer,
+    render,
+    uses_chat_template,
+    with_valid_text,
+)
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.router_inputs import router_messages
 
@@ -169,16 +176,6 @@ def answer_prompts(
         for name, answer in zip(experts, answers, strict=True)
     ]
     return [Answer(*fields) for fields in zip(prompts, experts, probabilities, fallbacks, texts, strict=True)]
-
-
-def with_valid_text(prompt: Prompt) -> Prompt:
-    """A prompt whose lone surrogates, which no tokenizer takes, are replacement characters (U+FFFD).
-
-    They come from JSON and from bytes of a command line that are no UTF-8.
-    """
-    if isinstance(prompt, str):
-        return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return [{**message, "content": with_valid_text(message["content"])} for message in prompt]
 
 
 def router_queries(prompts: list[Prompt], config: ChannelMergedConfig) -> list[Prompt]:

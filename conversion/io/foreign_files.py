@@ -18,8 +18,8 @@ MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 50
 # Config fields by their names, and the most they may be: far beyond any model, far below what would take for ever.
 MAX_COUNTS = (
-    (re.compile("layer|block|depth"), 1024),
-    (re.compile("expert"), 4096),
+    (re.compile("(layer|block|depth)(?!.*(size|dim))"), 1024),
+    (re.compile("expert(?!.*(size|dim|rank))"), 4096),
     (re.compile("label"), 1 << 16),
     (re.compile("vocab"), 1 << 22),
 )

@@ -19,12 +19,11 @@ from datasets import load_dataset
 from datasets.utils import logging as datasets_logging
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from conversion.generate import with_valid_text
 from conversion.io.foreign_files import foreign, read_json_lines
 from conversion.io.sources import without_folder
 from conversion.router.augmentation import augment
 from conversion.router.style_queries import STYLES, style_queries
-from conversion.vocabulary.prompts import render
+from conversion.vocabulary.prompts import render, with_valid_text
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.router_inputs import router_messages, shorten
 

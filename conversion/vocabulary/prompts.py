@@ -23,6 +23,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def with_valid_text(prompt: Prompt) -> Prompt:
+    """A prompt whose lone surrogates, which no tokenizer takes, are replacement characters (U+FFFD).
+
+    They come from JSON and from bytes of a command line that are no UTF-8.
+    """
+    if isinstance(prompt, str):
+        return prompt.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [{**message, "content": with_valid_text(message["content"])} for message in prompt]
+
+
 def uses_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool | None) -> bool:
     """Whether prompts are put into a chat template: as asked for, or if there is one."""
     if chat and not tokenizer.chat_template:

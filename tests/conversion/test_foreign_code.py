@@ -211,6 +211,6 @@ def test_an_experts_name_in_a_recipe_names_files(name):
 def test_a_tokenizer_config_that_is_no_object_is_named(make_experts, write_recipe, tmp_path, text):
     base, experts = make_experts("llama", 2)
     (base / "tokenizer_config.json").write_text(text)
-    with pytest.raises(ValueError, match="base/tokenizer_config.json (is not JSON|holds)"):
+    with pytest.raises(ValueError, match="base/tokenizer_config.json (is not JSON|is .*expected a JSON object)"):
         convert(parse_recipe(write_recipe(base, experts)), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
