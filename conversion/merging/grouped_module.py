@@ -17,8 +17,48 @@ THRESHOLD_PREFIX = "thresholds."
 
 
 @dataclass(frozen=True)
+class ModuleGroups:
+    """Everything that the first pass decides about one channel module."""
+
+    channel_index: torch.Tensor  # (N, O) int32; -1 where an expert has no such channel
+    copied: torch.Tensor  # (R,) bool: all owners store the same row
+    num_distinct: int  # rows that differ from each other, over all channels
+    has_fallback: bool  # of an embedding: one more row, read for tokens that an expert does not have
+    delta_squares: torch.Tensor  # (N,) float64: squared norm of each expert's deltas
+    thresholds: dict[str, torch.Tensor]  # parameter -> (N,) float32, where the method trims and rows are merged
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it as a file holds it."""
+        return {
+            "channel_index": self.channel_index,
+            "copied": self.copied,
+            "num_distinct": torch.tensor(self.num_distinct),
+            "has_fallback": torch.tensor(self.has_fallback),
+            "delta_squares": self.delta_squares,
+            **{THRESHOLD_PREFIX + name: values for name, values in self.thresholds.items()},
+        }
+
+    @classmethod
+    def load(cls, file: Path) -> "ModuleGroups":
+        """Read what `tensors` gave."""
+        tensors = load_file(file)
+        return cls(
+            channel_index=tensors["channel_index"],
+            copied=tensors["copied"],
+            num_distinct=int(tensors["num_distinct"]),
+            has_fallback=bool(tensors["has_fallback"]),
+            delta_squares=tensors["delta_squares"],
+            thresholds={
+                name.removeprefix(THRESHOLD_PREFIX): values
+                for name, values in tensors.items()
+                if name.startswith(THRESHOLD_PREFIX)
+            },
+        )
+
+
+@dataclass(frozen=True)
 class GroupedModule:
-    """What the first pass decides about one channel module: its numbers, and the file with the rest."""
+    """The numbers of `ModuleGroups`, and the file with the rest."""
 
     file: Path
     num_rows: int
@@ -36,7 +76,7 @@ class GroupedModule:
         }
 
     def load(self) -> "ModuleRows":
-        return ModuleRows(load_file(self.file))
+        return ModuleRows(ModuleGroups.load(self.file))
 
 
 @dataclass(frozen=True)
@@ -49,27 +89,13 @@ class RowBlock:
 
 
 class ModuleRows:
-    """The rows of one matrix: owners, channels, and whether they are copied or merged.
+    """The rows of one matrix: owners, channels, and whether they are copied or merged."""
 
-    Args:
-        tensors: channel_index (N, O) int32, -1 where an expert has no such channel; copied (R,) bool: all owners store
-            the same row; num_distinct, a scalar; has_fallback, a scalar bool: there is one more row, which an
-            embedding reads for tokens that an expert does not have; delta_squares (N,) float64;
-            thresholds.<parameter> (N,) float32 where the method trims.
-    """
-
-    def __init__(self, tensors: dict[str, torch.Tensor]):
-        self._tensors = tensors
-        self.copied = tensors["copied"]
-        self.has_fallback = bool(tensors["has_fallback"])
-        self.thresholds = {
-            name.removeprefix(THRESHOLD_PREFIX): value
-            for name, value in tensors.items()
-            if name.startswith(THRESHOLD_PREFIX)
-        }
-        self._row_channel = torch.zeros(len(self.copied), dtype=torch.int64)
-        self._row_owners = torch.zeros(len(self.copied), dtype=torch.int64)
-        for expert, index in enumerate(tensors["channel_index"]):
+    def __init__(self, groups: ModuleGroups):
+        self.groups = groups
+        self._row_channel = torch.zeros(len(groups.copied), dtype=torch.int64)
+        self._row_owners = torch.zeros(len(groups.copied), dtype=torch.int64)
+        for expert, index in enumerate(groups.channel_index):
             channels = (index >= 0).nonzero()[:, 0]
             rows = index[channels].long()
             self._row_channel[rows] = channels
@@ -79,11 +105,11 @@ class ModuleRows:
 
     @property
     def num_rows(self) -> int:
-        return len(self.copied) + self.has_fallback
+        return len(self.groups.copied) + self.groups.has_fallback
 
     def channel_index(self, kind: str) -> torch.Tensor:
         """The index of this module, or of a head tied to it, (N, O) int32: an embedding reads its last row for -1."""
-        index = self._tensors["channel_index"]
+        index = self.groups.channel_index
         return torch.where(index < 0, self.num_rows - 1, index) if kind == "embedding" else index
 
     def summary(self, file: Path) -> GroupedModule:
@@ -91,10 +117,10 @@ class ModuleRows:
         return GroupedModule(
             file=file,
             num_rows=self.num_rows,
-            num_merged=int((~self.copied).sum()),
-            num_distinct=int(self._tensors["num_distinct"]),
-            delta_squares=self._tensors["delta_squares"],
-            has_fallback=self.has_fallback,
+            num_merged=int((~self.groups.copied).sum()),
+            num_distinct=self.groups.num_distinct,
+            delta_squares=self.groups.delta_squares,
+            has_fallback=self.groups.has_fallback,
             rows_by_owners=dict(zip(owners.tolist(), counts.tolist(), strict=True)),
         )
 

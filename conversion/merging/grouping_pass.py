@@ -6,16 +6,15 @@ Shapes: N experts, C channels of one chunk, O channels, I inputs, R rows.
 import math
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from conversion.channels.grouping import equal_rows, gram_matrices, group_channels
 from conversion.channels.magnitude_threshold import MagnitudeThreshold
-from conversion.channels.row_layout import layout_present, layout_rows
+from conversion.channels.row_layout import RowLayout, layout_present, layout_rows
 from conversion.io.journal import Journal
 from conversion.io.row_reader import check_tensor_finite, check_tied_head
 from conversion.merging.block_reader import Block, BlockReader
-from conversion.merging.grouped_module import THRESHOLD_PREFIX, GroupedModule, ModuleRows
+from conversion.merging.grouped_module import GroupedModule, ModuleGroups, ModuleRows
 from conversion.merging.memory_budget import own_modules
 from conversion.merging.plan import Plan
 from conversion.merging.workers import Workers
@@ -34,13 +33,12 @@ def group_modules(
 
     def group(path: str) -> GroupedModule:
         if journal.finished(path):
-            rows = ModuleRows(load_file(files[path]))
+            groups = ModuleGroups.load(files[path])
             bar.update(module_bytes_to_read(plan, path))
         else:
-            tensors = group_module(plan, blocks, path, bar)
-            journal.save(path, files[path], tensors)
-            rows = ModuleRows(tensors)
-        return rows.summary(files[path])
+            groups = group_module(plan, blocks, path, bar)
+            journal.save(path, files[path], groups.tensors())
+        return ModuleRows(groups).summary(files[path])
 
     longest_first = sorted(own, key=lambda path: math.prod(plan.shapes[f"{path}.weight"]), reverse=True)
     grouped = dict(zip(longest_first, workers.for_each(group, longest_first), strict=True))
@@ -52,8 +50,8 @@ def module_bytes_to_read(plan: Plan, path: str) -> int:
     return sum(reader.tensors[name].num_bytes for reader in readers for name in plan.channel_parameters(path))
 
 
-def group_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> dict[str, torch.Tensor]:
-    """Decide the groups of every channel of one module from the Gram matrices of its deltas: see `ModuleRows`."""
+def group_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> ModuleGroups:
+    """Decide the groups of every channel of one module from the Gram matrices of its deltas."""
     grouping = plan.recipe.grouping
     trims = new_trims(plan, plan.channel_parameters(path))
     labels, distinct, squares = [], [], []
@@ -72,18 +70,27 @@ def group_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> dict[
         labels.append(groups.to("cpu", torch.int8))
         update_trims(trims, deltas, present)
         bar.update(sum(block.num_bytes for block in parameters))
-    tensors = lay_out(torch.cat(labels, dim=1), torch.cat(distinct, dim=1), plan.present(path))
+    distinct, squares, present = torch.cat(distinct, dim=1), torch.cat(squares).T, plan.present(path)
+    layout, copied = lay_out(torch.cat(labels, dim=1), distinct, present)
     is_embedding = plan.modules.channel[path].kind == "embedding"
-    tensors["has_fallback"] = (tensors["channel_index"] < 0).any() & is_embedding
-    squares, present = torch.cat(squares).T, plan.present(path)
-    tensors["delta_squares"] = squares.sum(1) if present is None else (squares * present).sum(1)
-    if tensors["copied"].all():
-        return tensors
+    return ModuleGroups(
+        channel_index=layout.channel_index,
+        copied=copied,
+        num_distinct=count_distinct(distinct, present),
+        has_fallback=is_embedding and bool((layout.channel_index < 0).any()),
+        delta_squares=squares.sum(1) if present is None else (squares * present).sum(1),
+        thresholds={} if copied.all() else find_thresholds(blocks, path, trims),
+    )
+
+
+def find_thresholds(
+    blocks: BlockReader, path: str, trims: dict[str, list[MagnitudeThreshold]]
+) -> dict[str, torch.Tensor]:
+    """Read a module again until its trims, which have seen it once, know their thresholds: (N,) by parameter."""
     while not all(trim.complete for parts in trims.values() for trim in parts):
         for parameters in blocks.blocks(path):
             update_trims(trims, [block.deltas() for block in parameters], parameters[0].present)
-    thresholds = {THRESHOLD_PREFIX + name: torch.tensor([t.value for t in parts]) for name, parts in trims.items()}
-    return tensors | thresholds
+    return {name: torch.tensor([trim.value for trim in parts]) for name, parts in trims.items()}
 
 
 def count_distinct(distinct: torch.Tensor, present: torch.Tensor | None) -> int:
@@ -118,7 +125,7 @@ def update_trims(
 
 def lay_out(
     labels: torch.Tensor, distinct: torch.Tensor, present: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
+) -> tuple[RowLayout, torch.Tensor]:
     """Rows of one matrix in their final order.
 
     Args:
@@ -127,7 +134,7 @@ def lay_out(
         present: (N, O) bool, which experts have which channels; None: all have all.
 
     Returns:
-        channel_index, copied and num_distinct of `ModuleRows`.
+        The layout, and whether all owners of a row store the same one: (R,) bool.
     """
     layout = layout_rows(labels) if present is None else layout_present(labels, present)
     copied = torch.ones(len(layout.row_owners), dtype=torch.bool)
@@ -137,11 +144,7 @@ def lay_out(
         here = same_as[layout.row_channel]
         copied &= ~owned | (first < 0) | (first == here)
         first = torch.where(owned & (first < 0), here, first)
-    return {
-        "channel_index": layout.channel_index,
-        "copied": copied,
-        "num_distinct": torch.tensor(count_distinct(distinct, present)),
-    }
+    return layout, copied
 
 
 def check_finite(plan: Plan, parameters: list[Block], rows: list[torch.Tensor], gram: torch.Tensor) -> None:

@@ -105,7 +105,7 @@ def write_merged(
                 if block.name in missing:
                     writer.write(stored_name(path, block.name), rows.cpu(), start)
         bar.update(sum(block.num_bytes for block in parameters))
-    if module.has_fallback and f"{path}.weight" in missing:
+    if module.groups.has_fallback and f"{path}.weight" in missing:
         row = plan.base_reader.mean_row(f"{path}.weight").to(plan.dtype)
         writer.write(stored_name(path, f"{path}.weight"), row, module.num_rows - 1)
 
@@ -169,13 +169,13 @@ class RowMerger:
         Yields:
             The place of the first row, and consecutive rows (rows, I) or (rows,) in the output dtype.
         """
-        thresholds = module.thresholds.get(block.name)
+        thresholds = module.groups.thresholds.get(block.name)
         masks = None
         if self._method.needs_mask:
             masks = RandomMasks(self._seed, self._names, block, self._method.density)
         for part in module.blocks(block.start, block.stop):
             channels = (part.channels - block.start).to(block.base.device)
-            copied = module.copied[part.start : part.start + len(channels)].to(block.base.device)
+            copied = module.groups.copied[part.start : part.start + len(channels)].to(block.base.device)
             merged = (~copied).nonzero()[:, 0]
             if len(merged) == len(channels):
                 rows = self._merge(path, block, part.members, channels, thresholds, masks)
