@@ -13,6 +13,7 @@ import torch
 from conversion.addition.matching_pass import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.channels.delta_errors import norm, relative_error
+from conversion.channels.row_layout import owner_names
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.hub.conversion_report import package_versions
 from conversion.hub.model_card import card_records, read_card, write_card
@@ -205,8 +206,7 @@ def extended_report(
             continue
         part["rows"] = module.num_rows
         part["owners"] = {
-            "+".join(other for expert, other in enumerate(names) if owners >> expert & 1): count
-            for owners, count in module.rows_by_owners.items()
+            "+".join(owner_names(owners, names)): count for owners, count in module.rows_by_owners.items()
         }
         part.pop("fallback_rows", None)
         part |= {"fallback_rows": 1} if module.has_fallback else {}

@@ -5,6 +5,7 @@ bit mask), and the owner sets along a path on which few experts change from one 
 expert form few runs of consecutive rows.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -124,6 +125,11 @@ class RowLayout(NamedTuple):
     channel_index: torch.IntTensor  # (N, O) row numbers
     row_channel: torch.LongTensor  # (R,) the channel that each row belongs to
     row_owners: torch.LongTensor  # (R,) bit mask of the experts that read the row
+
+
+def owner_names(owners: int, names: Sequence[str]) -> list[str]:
+    """The experts of a bit mask, by their names in the order of their numbers."""
+    return [name for expert, name in enumerate(names) if owners >> expert & 1]
 
 
 def layout_rows(groups: torch.Tensor) -> RowLayout:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from conversion.channels.delta_errors import relative_error
+from conversion.channels.row_layout import owner_names
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.io.foreign_files import read_json
 from conversion.io.model_files import REPORT_FILE
@@ -238,7 +239,7 @@ def _per_expert_report(merged: MergedCheckpoint) -> KindReport:
 def _rows_by_owners(owners, expert_names: list[str]) -> dict[str, int]:
     masks, counts = torch.cat(list(owners)).unique(return_counts=True)
     named = {
-        " + ".join(name for expert, name in enumerate(expert_names) if mask >> expert & 1) or "nobody": count
+        " + ".join(owner_names(mask, expert_names)) or "nobody": count
         for mask, count in zip(masks.tolist(), counts.tolist())
     }
     return dict(sorted(named.items(), key=lambda item: -item[1]))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from conversion.channels.row_layout import owner_names
 from conversion.merging.plan import Plan
 
 THRESHOLD_PREFIX = "thresholds."
@@ -70,10 +71,7 @@ class GroupedModule:
 
     def owner_counts(self, names: list[str]) -> dict[str, int]:
         """Rows by the names of their owners."""
-        return {
-            "+".join(name for e, name in enumerate(names) if owners >> e & 1): count
-            for owners, count in self.rows_by_owners.items()
-        }
+        return {"+".join(owner_names(owners, names)): count for owners, count in self.rows_by_owners.items()}
 
     def load(self) -> "ModuleRows":
         return ModuleRows(ModuleGroups.load(self.file))

@@ -11,6 +11,7 @@ from conversion.channels.row_layout import (
     gray_paths,
     layout_rows,
     order_owner_sets,
+    owner_names,
     reading_cost,
     reflected_gray_rank,
     turn_stretches,
@@ -115,6 +116,11 @@ class TestRowOrder:
         sizes = data.draw(st.lists(st.integers(1, 99), min_size=len(sets), max_size=len(sets)))
         ordered = order_owner_sets(torch.tensor(sorted(sets)), torch.tensor(sizes), num_experts)
         assert sorted(ordered.tolist()) == sorted(sets)
+
+
+def test_owners_by_name():
+    assert owner_names(0b101, ["math", "code", "chinese"]) == ["math", "chinese"]
+    assert owner_names(0, ["math", "code"]) == []
 
 
 class TestLayoutRows:
