@@ -5,7 +5,8 @@ import json
 
 import torch
 
-from conversion.channels.merge_methods import BLOCK_ELEMENTS
+# Elements that are hashed at once: the counters, their hash and a scratch copy, int32, fit the cache.
+BLOCK_ELEMENTS = 1 << 16
 
 
 def keep_mask(
