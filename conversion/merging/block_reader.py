@@ -66,6 +66,11 @@ class BlockReader:
         count = max(1, self.max_bytes // row_bytes(self._plan, path))
         return [(start, min(start + count, channels)) for start in range(0, channels, count)]
 
+    def module_bytes(self, path: str) -> int:
+        """What all blocks of a module read together."""
+        readers, names = (self._plan.base_reader, *self._plan.readers), self._plan.channel_parameters(path)
+        return sum(reader.tensors[name].num_bytes for reader in readers for name in names)
+
     def blocks(self, path: str) -> Iterator[list[Block]]:
         """For every chunk of a module its parameters' blocks: the weight, and the bias if it has one."""
         names = self._plan.channel_parameters(path)

@@ -34,7 +34,7 @@ def group_modules(
     def group(path: str) -> GroupedModule:
         if journal.finished(path):
             groups = ModuleGroups.load(files[path])
-            bar.update(module_bytes_to_read(plan, path))
+            bar.update(blocks.module_bytes(path))
         else:
             groups = group_module(plan, blocks, path, bar)
             journal.save(path, files[path], groups.tensors())
@@ -43,11 +43,6 @@ def group_modules(
     longest_first = sorted(own, key=lambda path: math.prod(plan.shapes[f"{path}.weight"]), reverse=True)
     grouped = dict(zip(longest_first, workers.for_each(group, longest_first), strict=True))
     return {path: grouped[path] for path in own}
-
-
-def module_bytes_to_read(plan: Plan, path: str) -> int:
-    readers = (plan.base_reader, *plan.readers)
-    return sum(reader.tensors[name].num_bytes for reader in readers for name in plan.channel_parameters(path))
 
 
 def group_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> ModuleGroups:

@@ -42,7 +42,7 @@ def plan_memory(plan: Plan, max_memory: int, threads: int, chunk_bytes: int = CH
     Raises:
         ValueError: the budget is too small for a single row of the widest matrix at a time.
     """
-    fixed = THREAD_BYTES + max(module_bytes(plan, path) for path in own_modules(plan))
+    fixed = THREAD_BYTES + max(held_bytes(plan, path) for path in own_modules(plan))
     factor = CHUNK_COPIES + gram_share(plan)
     least = max(row_bytes(plan, path) for path in own_modules(plan))
     for count in range(max(1, min(threads, MAX_THREADS)), 0, -1):
@@ -73,7 +73,7 @@ def gram_share(plan: Plan) -> float:
     return max(gram / row_bytes(plan, path) for path in own_modules(plan))
 
 
-def module_bytes(plan: Plan, path: str) -> int:
+def held_bytes(plan: Plan, path: str) -> int:
     """What a thread holds for the whole of one module: groups, layout and trim thresholds."""
     module = plan.modules.channel[path]
     rows = module.out_features * min(plan.num_experts, plan.recipe.grouping.num_groups)

@@ -19,7 +19,6 @@ from conversion.io.row_reader import ExpertReader, check_tensor_finite
 from conversion.io.shard_writer import ShardWriter, TensorSpec
 from conversion.merging.block_reader import Block, BlockReader, gather_rows
 from conversion.merging.grouped_module import GroupedModule, ModuleRows, all_modules
-from conversion.merging.grouping_pass import module_bytes_to_read
 from conversion.merging.plan import Plan
 from conversion.merging.workers import Workers
 
@@ -73,7 +72,7 @@ def write_modules(
         part = f"errors of {path}"
         if not missing and journal.finished(part):
             errors.restore(path, load_file(files[path])["squares"])
-            bar.update(module_bytes_to_read(plan, path))
+            bar.update(blocks.module_bytes(path))
             return
         write_merged(plan, blocks, path, grouped[path].load(), merger, writer, missing, bar)
         journal.save(part, files[path], {"squares": errors.finish(path)})

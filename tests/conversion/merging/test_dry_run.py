@@ -16,7 +16,7 @@ from conversion.convert import convert
 from conversion.io.row_reader import ExpertReader
 from conversion.merging import dry_run
 from conversion.merging.dry_run import plan_conversion, plan_tables
-from conversion.merging.memory_budget import CHUNK_BYTES, module_bytes, plan_memory
+from conversion.merging.memory_budget import CHUNK_BYTES, held_bytes, plan_memory
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 
@@ -129,7 +129,7 @@ def test_more_experts_and_methods_that_trim_need_more(make_experts, write_recipe
     for num_experts, preset in ((3, "paper-dare"), (3, "paper-ties"), (4, "paper-ties")):
         base, experts = make_experts("llama", num_experts)
         plan = make_plan(parse_recipe(write_recipe(base, experts, preset=preset)))
-        sizes.append(module_bytes(plan, "model.embed_tokens"))
+        sizes.append(held_bytes(plan, "model.embed_tokens"))
     assert sizes == sorted(sizes)
 
 
