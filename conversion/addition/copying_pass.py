@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from tqdm import tqdm
 
-from conversion.addition.matching_pass import ModuleAddition, chunks_of
+from conversion.addition.matching_pass import ModuleAddition, chunks_of, with_expert
 from conversion.addition.plan import Addition
 from conversion.channels.row_layout import RowLayout
 from conversion.checkpoints.merged_checkpoint import stored_name
@@ -80,11 +80,8 @@ def write_tensors(
 
 def tied_head_index(addition: Addition, path: str, embedding: torch.Tensor) -> torch.Tensor:
     """The index of a head that shares the embedding's rows, (N, V) int32: -1 for tokens that an expert lacks."""
-    before = addition.merged.channel_index(path)
-    missing = before[list(addition.kept)] < 0
-    place = addition.place
-    missing = torch.cat([missing[:place], ~addition.present[None], missing[place:]])
-    return embedding.masked_fill(missing, -1)
+    missing = addition.merged.channel_index(path)[list(addition.kept)] < 0
+    return embedding.masked_fill(with_expert(missing, ~addition.present, addition.place), -1)
 
 
 def write_rows(
@@ -99,7 +96,8 @@ def write_rows(
     """The rows of one module, in their new order: stored ones are copied, the new expert's own ones are read."""
     merged = addition.merged
     sources = module.sources(layout)
-    fresh = (sources == -2).nonzero()[:, 0]  # one block: the rows of the owner set that is the new expert alone
+    # One block: the rows of the owner set that is the new expert alone.
+    fresh = (sources >= module.num_stored).nonzero()[:, 0]
     first, last = (int(fresh[0]), int(fresh[-1]) + 1) if len(fresh) else (0, 0)
     assert last - first == len(fresh)
     for name in addition.parameters_of(path):

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from conversion.addition.plan import Addition
-from conversion.channels.grouping import BIT_VIEWS
+from conversion.channels.grouping import BIT_VIEWS, lowest_members
 from conversion.channels.row_layout import RowLayout, layout_present
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, stored_name
 from conversion.checkpoints.stored_expert import read_rows_at
@@ -20,14 +20,16 @@ from conversion.io.row_reader import check_tensor_finite
 
 
 class ModuleAddition:
-    """What one matrix becomes: which stored rows the new expert reads, and the layout of all rows.
+    """What one matrix becomes: which rows the experts read, and the layout of all rows.
+
+    Rows count as they are stored before; after those come the new expert's own ones, one per channel.
 
     Args:
-        index: (K, O) rows that the K experts that stay read before; -1 where they have no such channel.
-        fallback: the row that an embedding reads for tokens that an expert does not have; None: there is none.
-        reused: (O,) stored row that the new expert reads, -1: it stores its own.
-        present: (O,) channels that the new expert has.
+        index: (N, O) the row that each expert reads.
+        present: (N, O) channels that each expert has; elsewhere the index means nothing.
+        num_stored: rows that are stored before.
         place: the new expert's number.
+        fallback: the row that an embedding reads for tokens that an expert does not have; None: there is none.
         needs_fallback: the module is an embedding, and not all experts have all tokens.
         delta_square, error_square: squared norms of (own rows - base rows) and of (rows read - own rows); the first
             is None where the base is not known.
@@ -36,38 +38,31 @@ class ModuleAddition:
     def __init__(
         self,
         index: torch.Tensor,
-        fallback: int | None,
-        reused: torch.Tensor,
         present: torch.Tensor,
+        num_stored: int,
         place: int,
+        fallback: int | None,
         needs_fallback: bool,
         delta_square: float | None,
         error_square: float,
     ):
+        self._index = index.to(torch.int32)  # half as large to keep
+        self.present = present
+        self.num_stored = num_stored
         self.fallback = fallback
         self.has_fallback = needs_fallback
         self.delta_square, self.error_square = delta_square, error_square
-        self.num_new = int((present & (reused < 0)).sum())
-        self.num_reused = int((present & (reused >= 0)).sum())
-        self._index, self._reused = index.to(torch.int32), reused.to(torch.int32)  # half as large to keep
-        self._present, self._place = present, place
+        is_new = index[place] >= num_stored
+        self.num_new = int((present[place] & is_new).sum())
+        self.num_reused = int((present[place] & ~is_new).sum())
         layout = self.layout()
         self.num_rows = len(layout.row_owners) + needs_fallback
         sets, counts = layout.row_owners.unique(return_counts=True)
         self.rows_by_owners = dict(zip(sets.tolist(), counts.tolist(), strict=True))
 
-    def rows_read(self) -> torch.Tensor:
-        """Rows before that all experts read, (N, O): -1 where there is no such channel, -2 for the new one's own."""
-        new = torch.where(self._present, torch.where(self._reused < 0, -2, self._reused), -1)
-        return torch.cat([self._index[: self._place], new[None], self._index[self._place :]])
-
     def layout(self) -> RowLayout:
         """All rows in their final order, without an embedding's fallback."""
-        rows = self.rows_read()
-        labels = torch.empty_like(rows)
-        for expert in range(len(rows) - 1, -1, -1):  # the lowest reader of a row names it
-            labels = torch.where(rows == rows[expert], expert, labels)
-        return layout_present(labels, rows != -1)
+        return layout_present(lowest_members(self._index), self.present)
 
     def channel_index(self, layout: RowLayout, is_embedding: bool) -> torch.Tensor:
         """The new index, int32 (N, O); an embedding reads its last row for a token that an expert does not have."""
@@ -75,12 +70,11 @@ class ModuleAddition:
         return torch.where(index < 0, self.num_rows - 1, index) if is_embedding and self.has_fallback else index
 
     def sources(self, layout: RowLayout) -> torch.LongTensor:
-        """The row that each row of the layout was before, (R,); -2 for the new expert's own."""
-        rows, owners = self.rows_read().long(), layout.row_owners
-        sources = torch.full_like(owners, -1)
-        for expert, read in enumerate(rows):
-            owned = (owners >> expert & 1).bool() & (sources == -1)
-            sources[owned] = read[layout.row_channel[owned]]
+        """Where each row of the layout comes from, (R,): a stored row, or one of the new expert's own after those."""
+        sources = torch.empty_like(layout.row_owners)
+        for expert, rows in enumerate(self._index.long()):
+            owned = (layout.row_owners >> expert & 1).bool()
+            sources[owned] = rows[layout.row_channel[owned]]
         return sources
 
 
@@ -89,12 +83,12 @@ def match_module(addition: Addition, path: str, chunk_bytes: int, bar: tqdm) -> 
     merged, module = addition.merged, addition.merged.modules.channel[path]
     index = merged.channel_index(path)
     fallback = fallback_row(merged, path, index)
-    if fallback is not None:
-        index = index.masked_fill(index == fallback, -1)
-    index = index[list(addition.kept)].long()
+    has = index >= 0 if fallback is None else (index >= 0) & (index != fallback)
+    index, has = index[list(addition.kept)].long(), has[list(addition.kept)]
     is_tokens = addition.is_vocabulary(path)
     present = addition.present if is_tokens else torch.ones(module.out_features, dtype=torch.bool)
-    reused = torch.full((module.out_features,), -1)
+    num_stored = merged.num_rows(path)
+    new_index = num_stored + torch.arange(module.out_features)  # its own rows, until one that is stored is found
     delta_square, error_square = 0.0, 0.0
     names = addition.parameters_of(path)
     matcher = RowMatcher(addition, path)
@@ -103,21 +97,27 @@ def match_module(addition: Addition, path: str, chunk_bytes: int, bar: tqdm) -> 
         new = [addition.reader.read_rows(name, start, stop) for name in names]
         for name, rows in zip(names, new, strict=True):
             check_tensor_finite(addition.name, name, rows, addition.stored_dtype(path))
-        has = present[start:stop]
-        reused[start:stop], deltas, errors = matcher.match(new, index[:, start:stop], has, start)
+        chunk = slice(start, stop)
+        found, found_row, deltas, errors = matcher.match(new, index[:, chunk], has[:, chunk], present[chunk], start)
+        new_index[chunk][found] = found_row[found]
         delta_square, error_square = delta_square + deltas, error_square + errors
         bar.update(sum(rows.nbytes for rows in new))
-    lacks = bool((index < 0).any()) or not bool(present.all())
+    everyone_has = with_expert(has, present, addition.place)
     return ModuleAddition(
-        index=index,
-        fallback=fallback,
-        reused=reused,
-        present=present,
+        index=with_expert(index, new_index, addition.place),
+        present=everyone_has,
+        num_stored=num_stored,
         place=addition.place,
-        needs_fallback=module.kind == "embedding" and lacks,
+        fallback=fallback,
+        needs_fallback=module.kind == "embedding" and not bool(everyone_has.all()),
         delta_square=None if addition.base_reader is None else delta_square,
         error_square=error_square,
     )
+
+
+def with_expert(others: torch.Tensor, new: torch.Tensor, place: int) -> torch.Tensor:
+    """What K experts have (K, *) with the new one's (*) at its place: (N, *)."""
+    return torch.cat([others[:place], new[None], others[place:]])
 
 
 def fallback_row(merged: MergedCheckpoint, path: str, index: torch.Tensor) -> int | None:
@@ -139,37 +139,41 @@ class RowMatcher:
         self._dtype = addition.stored_dtype(path)
 
     def match(
-        self, new: list[torch.Tensor], index: torch.Tensor, present: torch.Tensor, start: int
-    ) -> tuple[torch.Tensor, float, float]:
+        self, new: list[torch.Tensor], index: torch.Tensor, has: torch.Tensor, present: torch.Tensor, start: int
+    ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
         """One chunk of channels.
 
         Args:
             new: the expert's own weight rows (C, I), and its bias (C,) where there is one, as its checkpoint has them.
             index: (K, C) rows that the other experts read.
+            has: (K, C) channels that they have.
             present: (C,) channels that the expert has.
             start: the first channel.
 
         Returns:
-            (C,) the row to reuse, or -1; the squared norms of the expert's deltas from the base, and of its errors.
+            (C,) whether a stored row can be used; (C,) that row; the squared norms of the expert's deltas from the
+            base, and of its errors.
         """
         own = [rows.to(self._dtype) for rows in new]
-        reused = torch.full((len(present),), -1)
+        found, found_row = torch.zeros_like(present), torch.zeros(len(present), dtype=torch.int64)
         tolerance, base_reader = self._addition.tolerance, self._addition.base_reader
         deltas = None
         if base_reader is not None:
             base = [base_reader.read_rows(name, start, start + len(present)) for name in self._names]
             deltas = square_distance(new, base)
         nearest = torch.full((len(present),), math.inf, dtype=torch.float64)
-        nearest_row = torch.full_like(reused, -1)
-        needed = index[(index >= 0) & present].unique()
+        nearest_row = torch.zeros_like(found_row)
+        shared = has & present
+        needed = index[shared].unique()
         stored = [read_rows_at(self._addition.merged.reader, name, needed) for name in self._stored]
         for expert in range(len(index) if len(needed) else 0):
             row = index[expert]
             # Each row once: by its first reader.
-            first = (row >= 0) & present & ~(index[:expert] == row).any(0)
+            first = shared[expert] & ~(shared[:expert] & (index[:expert] == row)).any(0)
             place = torch.searchsorted(needed, row.clamp(min=int(needed[0]), max=int(needed[-1])))
             theirs = [rows[place] for rows in stored]
-            reused = torch.where(first & (reused < 0) & same_bits(own, theirs), row, reused)
+            same = first & ~found & same_bits(own, theirs)
+            found, found_row = found | same, torch.where(same, row, found_row)
             if tolerance > 0:
                 distance = square_distance(new, theirs)
                 nearer = first & (distance < nearest)
@@ -177,10 +181,10 @@ class RowMatcher:
                 nearest_row = torch.where(nearer, row, nearest_row)
         error = 0.0
         if tolerance > 0:
-            near = (reused < 0) & (nearest <= tolerance**2 * deltas)
-            reused = torch.where(near, nearest_row, reused)
+            near = ~found & (nearest <= tolerance**2 * deltas)
+            found, found_row = found | near, torch.where(near, nearest_row, found_row)
             error = float(nearest[near].sum())
-        return reused, 0.0 if deltas is None else float(deltas[present].sum()), error
+        return found, found_row, 0.0 if deltas is None else float(deltas[present].sum()), error
 
 
 def same_bits(left: list[torch.Tensor], right: list[torch.Tensor]) -> torch.Tensor:

@@ -51,7 +51,7 @@ def parameter_counts(addition: Addition, modules: Mapping[str, ModuleAddition]) 
         spec = merged.modules.channel[path]
         size = spec.in_features + spec.bias
         stored += module.num_rows * size
-        separate += int((module.rows_read() != -1).sum()) * size
+        separate += int(module.present.sum()) * size
     per_expert = sum(
         merged.tensors[f"model.{path}.experts.0.{parameter}"].numel
         for path, parameters in merged.modules.per_expert.items()
