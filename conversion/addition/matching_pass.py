@@ -16,7 +16,7 @@ from conversion.channels.grouping import BIT_VIEWS, lowest_members
 from conversion.channels.row_layout import RowLayout, layout_present
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, stored_name
 from conversion.checkpoints.stored_expert import read_rows_at
-from conversion.io.row_reader import check_tensor_finite
+from conversion.io.row_reader import check_tensor_finite, check_tied_head
 
 
 class ModuleAddition:
@@ -76,6 +76,18 @@ class ModuleAddition:
             owned = (layout.row_owners >> expert & 1).bool()
             sources[owned] = rows[layout.row_channel[owned]]
         return sources
+
+
+def match_modules(addition: Addition, chunk_bytes: int, bar: tqdm) -> dict[str, ModuleAddition]:
+    """What becomes of every channel module that stores rows of its own, by path."""
+    modules = {}
+    for path, module in addition.merged.modules.channel.items():
+        if module.tied_to is None:
+            modules[path] = match_module(addition, path, chunk_bytes, bar)
+        else:
+            chunks = list(chunks_of(module.out_features, 8 * module.in_features, chunk_bytes))
+            check_tied_head(addition.reader, f"{path}.weight", f"{module.tied_to}.weight", chunks)
+    return modules
 
 
 def match_module(addition: Addition, path: str, chunk_bytes: int, bar: tqdm) -> ModuleAddition:

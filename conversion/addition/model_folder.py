@@ -12,6 +12,7 @@ import torch
 
 from conversion.addition.matching_pass import ModuleAddition
 from conversion.addition.plan import Addition
+from conversion.addition.router_growth import ROUTER_PREFIX
 from conversion.channels.delta_errors import norm, relative_error
 from conversion.channels.row_layout import owner_names
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
@@ -31,8 +32,6 @@ from conversion.io.model_files import (
     write_json,
 )
 from modeling_channel_merged import ChannelMergedConfig
-
-ROUTER_PREFIX = "router."
 
 
 def merged_parameters(merged: MergedCheckpoint) -> int:

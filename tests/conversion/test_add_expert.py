@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from conversion import add_expert as module
-from conversion.add_expert import ROUTER_MARGIN, add_expert, grow_router
+from conversion.add_expert import add_expert
+from conversion.addition.router_growth import ROUTER_MARGIN, grow_router
 from conversion.channels.row_layout import layout_rows
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
