@@ -19,8 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from conversion.addition.copying_pass import extended_tensors, write_tensors
+from conversion.addition.extended_config import extended_config, merged_parameters
 from conversion.addition.matching_pass import match_modules
-from conversion.addition.model_folder import extended_config, merged_parameters, write_files
+from conversion.addition.model_folder import write_files
 from conversion.addition.plan import check_out, plan_addition
 from conversion.addition.router_growth import extended_router
 from conversion.io.options import parse_size
