@@ -12,6 +12,7 @@ from tqdm import tqdm
 from conversion.addition.matching_pass import ModuleAddition, chunks_of, with_expert
 from conversion.addition.plan import Addition
 from conversion.channels.row_layout import RowLayout
+from conversion.checkpoints.architecture import channel_parameters
 from conversion.checkpoints.merged_checkpoint import stored_name
 from conversion.checkpoints.stored_expert import read_rows_at
 from conversion.io.shard_writer import ShardWriter, TensorSpec
@@ -100,7 +101,7 @@ def write_rows(
     fresh = (sources >= module.num_stored).nonzero()[:, 0]
     first, last = (int(fresh[0]), int(fresh[-1]) + 1) if len(fresh) else (0, 0)
     assert last - first == len(fresh)
-    for name in addition.parameters_of(path):
+    for name in channel_parameters(merged.modules, path):
         stored = stored_name(path, name)
         dtype = merged.tensors[stored].dtype
         width = dtype.itemsize * math.prod(merged.tensors[stored].shape[1:])

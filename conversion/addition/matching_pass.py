@@ -14,6 +14,7 @@ from tqdm import tqdm
 from conversion.addition.plan import Addition
 from conversion.channels.grouping import BIT_VIEWS, lowest_members
 from conversion.channels.row_layout import RowLayout, layout_present
+from conversion.checkpoints.architecture import channel_parameters
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, stored_name
 from conversion.checkpoints.stored_expert import read_rows_at
 from conversion.io.row_reader import check_tensor_finite, check_tied_head
@@ -102,7 +103,7 @@ def match_module(addition: Addition, path: str, chunk_bytes: int, bar: tqdm) -> 
     num_stored = merged.num_rows(path)
     new_index = num_stored + torch.arange(module.out_features)  # its own rows, until one that is stored is found
     delta_square, error_square = 0.0, 0.0
-    names = addition.parameters_of(path)
+    names = channel_parameters(merged.modules, path)
     matcher = RowMatcher(addition, path)
     width = 4 * (module.in_features + module.bias) * (addition.num_experts + 3)
     for start, stop in chunks_of(module.out_features, width, chunk_bytes):
@@ -146,7 +147,7 @@ class RowMatcher:
 
     def __init__(self, addition: Addition, path: str):
         self._addition = addition
-        self._names = addition.parameters_of(path)
+        self._names = channel_parameters(addition.merged.modules, path)
         self._stored = [stored_name(path, name) for name in self._names]
         self._dtype = addition.stored_dtype(path)
 

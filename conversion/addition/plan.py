@@ -68,9 +68,6 @@ class Addition:
     def is_vocabulary(self, path: str) -> bool:
         return self.merged.is_vocabulary(path)
 
-    def parameters_of(self, path: str) -> list[str]:
-        return [f"{path}.weight"] + ([f"{path}.bias"] if self.merged.modules.channel[path].bias else [])
-
     def stored_dtype(self, path: str) -> torch.dtype:
         return self.merged.tensors[self.merged.rows_name(path)].dtype
 

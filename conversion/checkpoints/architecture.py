@@ -41,6 +41,11 @@ def base_architecture(text_config: PreTrainedConfig) -> tuple[torch.nn.Module, M
     return inner, modules
 
 
+def channel_parameters(modules: ModuleMap, path: str) -> list[str]:
+    """Names of the parameters of a channel module in the base architecture."""
+    return [f"{path}.weight"] + ([f"{path}.bias"] if modules.channel[path].bias else [])
+
+
 def parameter_shapes(inner: torch.nn.Module, modules: ModuleMap) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the base architecture that has a place in the merged one."""
     names = [f"{path}.weight" for path in modules.channel]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from conversion.checkpoints.architecture import channel_parameters
 from conversion.merging.memory_budget import row_bytes
 from conversion.merging.plan import Plan
 from conversion.merging.workers import Stopped
@@ -68,12 +69,13 @@ class BlockReader:
 
     def module_bytes(self, path: str) -> int:
         """What all blocks of a module read together."""
-        readers, names = (self._plan.base_reader, *self._plan.readers), self._plan.channel_parameters(path)
+        readers = (self._plan.base_reader, *self._plan.readers)
+        names = channel_parameters(self._plan.modules, path)
         return sum(reader.tensors[name].num_bytes for reader in readers for name in names)
 
     def blocks(self, path: str) -> Iterator[list[Block]]:
         """For every chunk of a module its parameters' blocks: the weight, and the bias if it has one."""
-        names = self._plan.channel_parameters(path)
+        names = channel_parameters(self._plan.modules, path)
         for start, stop in self.chunks(path):
             if self._stopped.is_set():
                 raise Stopped

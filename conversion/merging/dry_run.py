@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.options import format_bytes, parse_size
 from conversion.io.staged_folder import check_target, free_bytes
 from conversion.merging.memory_budget import MAX_THREADS, own_modules, plan_memory
@@ -83,7 +84,7 @@ def modules_by_kind(plan: Plan) -> dict[str, dict[str, int]]:
 
 def count_tensors(plan: Plan) -> int:
     """Tensors of the output: rows, biases, indices, copies per expert, the router's head."""
-    rows = sum(len(plan.channel_parameters(path)) for path in own_modules(plan))
+    rows = sum(len(channel_parameters(plan.modules, path)) for path in own_modules(plan))
     copies = plan.num_experts * sum(map(len, plan.modules.per_expert.values()))
     return rows + len(plan.modules.channel) + copies + 2
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from conversion.channels.grouping import equal_rows, gram_matrices, group_channels
 from conversion.channels.magnitude_threshold import MagnitudeThreshold
 from conversion.channels.row_layout import RowLayout, layout_present, layout_rows
+from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.journal import Journal
 from conversion.io.row_reader import check_tensor_finite, check_tied_head
 from conversion.merging.block_reader import Block, BlockReader
@@ -48,7 +49,7 @@ def group_modules(
 def group_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> ModuleGroups:
     """Decide the groups of every channel of one module from the Gram matrices of its deltas."""
     grouping = plan.recipe.grouping
-    trims = new_trims(plan, plan.channel_parameters(path))
+    trims = new_trims(plan, channel_parameters(plan.modules, path))
     labels, distinct, squares = [], [], []
     for parameters in blocks.blocks(path):
         deltas = [block.deltas() for block in parameters]

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from conversion.channels.magnitude_threshold import threshold_bytes
+from conversion.checkpoints.architecture import channel_parameters
 from conversion.merging.plan import Plan
 
 CHUNK_BYTES = 32 * 2**20  # more makes nothing faster
@@ -80,6 +81,6 @@ def held_bytes(plan: Plan, path: str) -> int:
     groups = module.out_features * plan.num_experts * (2 + 4 + 3 * 8)  # labels, index, owners with their sort
     size = groups + rows * 8 * 8  # channel and owners of each row, before, during and after sorts
     if plan.recipe.method().needs_threshold:
-        names = plan.channel_parameters(path)
+        names = channel_parameters(plan.modules, path)
         size += plan.num_experts * sum(threshold_bytes(math.prod(plan.shapes[name])) for name in names)
     return size

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from conversion.channels.delta_errors import DeltaErrors
 from conversion.channels.keep_masks import keep_mask
 from conversion.channels.merge_methods import MergeMethod, merge_rows
+from conversion.checkpoints.architecture import channel_parameters
 from conversion.checkpoints.merged_checkpoint import stored_name
 from conversion.io.journal import Journal
 from conversion.io.row_reader import ExpertReader, check_tensor_finite
@@ -68,7 +69,8 @@ def write_modules(
     files = {path: journal.folder / f"errors-{number:05d}.safetensors" for number, path in enumerate(grouped)}
 
     def write_rows(path: str) -> None:
-        missing = {name for name in plan.channel_parameters(path) if not writer.is_written(stored_name(path, name))}
+        names = channel_parameters(plan.modules, path)
+        missing = {name for name in names if not writer.is_written(stored_name(path, name))}
         part = f"errors of {path}"
         if not missing and journal.finished(part):
             errors.restore(path, load_file(files[path])["squares"])

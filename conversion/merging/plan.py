@@ -89,10 +89,6 @@ class Plan:
             return None
         return self.vocabulary.present
 
-    def channel_parameters(self, path: str) -> list[str]:
-        """Names of the parameters of a channel module in the base architecture."""
-        return [f"{path}.weight"] + ([f"{path}.bias"] if self.modules.channel[path].bias else [])
-
     def _num_parameters(self) -> int:
         tied = {f"{path}.weight" for path, module in self.modules.channel.items() if module.tied_to}
         return sum(self._numel(name) for name in self.shapes if name not in tied)
