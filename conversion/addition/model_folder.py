@@ -12,7 +12,7 @@ from conversion.addition.extended_report import extended_report
 from conversion.addition.matching_pass import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.hub.model_card import write_card
-from conversion.hub.model_folder import copy_tokenizer, write_chat_templates, write_code
+from conversion.hub.model_folder import copy_generation_config, copy_tokenizer, write_chat_templates, write_code
 from conversion.io.foreign_files import read_json
 from conversion.io.model_files import (
     COMPANION_FILES,
@@ -66,6 +66,5 @@ def write_expert_folder(folder: Path, addition: Addition) -> None:
         return
     own = addition.vocabulary.experts[0]
     target.mkdir(parents=True, exist_ok=True)
-    if not copy_files(addition.source.folder, target, (GENERATION_CONFIG,)):
-        own.generation_config.save_pretrained(target)
+    copy_generation_config(own, addition.source.folder, target)
     copy_tokenizer(own, target)

@@ -92,6 +92,12 @@ def write_tokenizer(folder: Path, plan: Plan) -> bool:
     return True
 
 
+def copy_generation_config(own: OwnVocabulary, source: Path, folder: Path) -> None:
+    """Copy a checkpoint's generation config from its folder, or write the one that its config implies."""
+    if not copy_files(source, folder, (GENERATION_CONFIG,)):
+        own.generation_config.save_pretrained(folder)
+
+
 def copy_tokenizer(own: OwnVocabulary, folder: Path) -> bool:
     """Copy a checkpoint's tokenizer files without code, with its class written down; False if there are none.
 
@@ -128,8 +134,7 @@ def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
 def write_generation_config(folder: Path, plan: Plan) -> None:
     """The base's generation config, or one from its config; it ends where any expert's answer ends."""
     file = folder / GENERATION_CONFIG
-    if not copy_files(plan.base.folder, folder, (GENERATION_CONFIG,)):
-        plan.vocabulary.base.generation_config.save_pretrained(folder)
+    copy_generation_config(plan.vocabulary.base, plan.base.folder, folder)
     values = json.loads(file.read_text(encoding="utf-8"))
     special = {key: plan.vocabulary.base_channel(values[key]) for key in SPECIAL_IDS if key in values}
     if (end := end_of_sequence(special.get("eos_token_id"), plan)) is not None:
@@ -145,6 +150,5 @@ def write_expert_files(folder: Path, plan: Plan) -> None:
             continue
         target = folder / EXPERT_FOLDER / own.name
         target.mkdir(parents=True)
-        if not copy_files(plan.experts[number].folder, target, (GENERATION_CONFIG,)):
-            own.generation_config.save_pretrained(target)
+        copy_generation_config(own, plan.experts[number].folder, target)
         copy_tokenizer(own, target)
