@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from tqdm import tqdm
 
-from conversion.addition.matching_pass import ModuleAddition, chunks_of, with_expert
+from conversion.addition.module_addition import ModuleAddition, chunks_of, with_expert
 from conversion.addition.plan import Addition
 from conversion.channels.row_layout import RowLayout
 from conversion.checkpoints.architecture import channel_parameters

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.addition.matching_pass import ModuleAddition
+from conversion.addition.module_addition import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.addition.router_growth import ROUTER_PREFIX
 from conversion.channels.delta_errors import relative_error

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from conversion.addition.matching_pass import ModuleAddition
+from conversion.addition.module_addition import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.channels.delta_errors import norm, relative_error
 from conversion.channels.row_layout import owner_names

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conversion.addition.extended_config import all_tokens, end_tokens, generation_values, stored_end_tokens
 from conversion.addition.extended_report import extended_report
-from conversion.addition.matching_pass import ModuleAddition
+from conversion.addition.module_addition import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.hub.model_card import write_card
 from conversion.hub.model_folder import copy_generation_config, copy_tokenizer, write_chat_templates, write_code

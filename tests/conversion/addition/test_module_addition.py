@@ -2,7 +2,7 @@
 
 import torch
 
-from conversion.addition.matching_pass import ModuleAddition, with_expert
+from conversion.addition.module_addition import ModuleAddition, with_expert
 
 
 def test_every_expert_finds_its_rows():
