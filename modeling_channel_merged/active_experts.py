@@ -60,7 +60,8 @@ class ActiveExperts:
 class _Running(threading.local):
     """The experts of the forward pass that the calling thread is in."""
 
-    active: ActiveExperts | None = None
+    def __init__(self):  # in every thread; torch.compile guards on what an object holds, not on its class's defaults
+        self.active: ActiveExperts | None = None
 
 
 _running = _Running()

@@ -89,6 +89,22 @@ def test_compiled_blocks_use_the_experts_of_their_own_thread(prompts):
 
 
 @torch.no_grad()
+def test_a_model_compiled_in_one_thread_runs_in_others(prompts):
+    """A thread that has not run the model before compiles it, and the main thread goes on with other experts."""
+    torch._dynamo.reset()
+    model = random_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}), 3)
+    step = torch.compile(model, backend="eager", fullgraph=True)
+
+    def logits(expert):
+        return step(prompts, expert_index=expert, use_cache=False).logits
+
+    for expert in (0, 1, 2):
+        expected = model(prompts, expert_index=expert).logits
+        torch.testing.assert_close(in_threads(logits, [expert])[0], expected)
+        torch.testing.assert_close(logits(expert), expected)
+
+
+@torch.no_grad()
 def test_process_wide_settings_stay(prompts):
     model = random_model(CONFIGS["llama"](), 3).bfloat16()
     seen = []
