@@ -22,7 +22,8 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_experts.evaluate import answers, chat_prompt, exact_match
-from tiny_experts.skills import SKILLS, Example, examples
+from tiny_experts.example import Example
+from tiny_experts.examples import SKILLS, examples
 
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.convert import convert

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tiny_experts.skills import Example
+from tiny_experts.example import Example
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:

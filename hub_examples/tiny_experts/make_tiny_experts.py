@@ -34,7 +34,9 @@ from transformers import (
 )
 
 from tiny_experts.evaluate import chat_prompt, exact_match
-from tiny_experts.skills import SKILLS, Example, examples, plain_lines
+from tiny_experts.example import Example
+from tiny_experts.examples import SKILLS, examples
+from tiny_experts.plain_lines import plain_lines
 
 logger = logging.getLogger("make_tiny_experts")
 
