@@ -229,7 +229,8 @@ def generate(
       channel-merge generate merged --expert math --max-new-tokens 16 "What is 12 + 30?"
       channel-merge generate merged --messages conversations.jsonl
     """
-    from conversion.generate import answer_prompts, read_conversations
+    from conversion.generate import answer_prompts
+    from conversion.vocabulary.prompts import read_conversations
 
     everything = [*(prompts or ()), *(read_conversations(messages) if messages is not None else ())]
     answers = answer_prompts(

@@ -7,29 +7,25 @@ template, segmented by its own tokenizer where the checkpoint keeps it, and its 
 The installed classes run the checkpoint; code files beside the weights are not executed.
 """
 
-import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BatchEncoding
 
 from conversion.checkpoints.merged_checkpoint import whole_checkpoint
-from conversion.io.foreign_files import foreign, read_json_lines
-from conversion.io.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
+from conversion.io.foreign_files import foreign
 from conversion.io.options import find_device
-from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
+from conversion.vocabulary.expert_tokenizer import ExpertTokenizer, end_of_answer, until_end
 from conversion.vocabulary.prompts import (
     Prompt,
     encode_prompts,
     load_tokenizer,
-    render,
+    router_queries,
     uses_chat_template,
     with_valid_text,
 )
-from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
-from modeling_channel_merged.router_inputs import router_messages
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -60,59 +56,6 @@ class Answer:
         if self.probability is None:
             return "given"
         return f"{self.probability:.3f}" + (f", default: {self.fallback}" if self.fallback else "")
-
-
-class ExpertTokenizer:
-    """How one expert reads and writes: its chat template and its own tokenizer, in ids of the merged vocabulary.
-
-    Where the checkpoint does not keep the expert's own tokenizer, or it has no chat template, the merged one's serves.
-
-    Args:
-        folder: the merged checkpoint.
-        merged: its tokenizer.
-        name: the expert's.
-    """
-
-    def __init__(self, folder: Path, config: ChannelMergedConfig, merged: PreTrainedTokenizerBase, name: str):
-        self.name = name
-        self._merged = merged
-        self._own: PreTrainedTokenizerBase | None = None
-        own, channels = folder / EXPERT_FOLDER / name, config.vocabulary_channels(name)
-        if channels is not None and (own / TOKENIZER_CONFIG).exists():
-            with foreign(f"the tokenizer of {own}"):
-                self._own = read_tokenizer(own)
-            self._channels = channels
-            self._own_ids = {channel: number for number, channel in enumerate(channels)}
-
-    def encode(self, prompt: Prompt, chat: bool) -> list[int]:
-        """Ids of a prompt, in the expert's chat template or as it stands.
-
-        Raises:
-            ValueError: the expert's own tokenizer makes a token that its embedding had no row for.
-        """
-        tokenizer = self._own or self._merged
-        # A chat template writes the special tokens itself.
-        numbers = tokenizer(self._render(prompt) if chat else prompt, add_special_tokens=not chat)["input_ids"]
-        if self._own is None:
-            return numbers
-        if (highest := max(numbers, default=0)) >= len(self._channels):
-            raise ValueError(
-                f"expert {self.name!r} has no row for the token {self._own.convert_ids_to_tokens(highest)!r} of its "
-                "tokenizer, leave it out of the prompt"
-            )
-        return [self._channels[number] for number in numbers]
-
-    def decode(self, numbers: list[int]) -> str:
-        """The text of an answer, without special tokens."""
-        if self._own is None:
-            return self._merged.decode(numbers, skip_special_tokens=True)
-        own = [self._own_ids[number] for number in numbers if number in self._own_ids]
-        return self._own.decode(own, skip_special_tokens=True)
-
-    def _render(self, prompt: Prompt) -> str:
-        if DEFAULT_TEMPLATE in named_templates(self._own):
-            return render(self._own, prompt)
-        return render(self._merged, prompt, self.name if self.name in named_templates(self._merged) else None)
 
 
 def answer_prompts(
@@ -156,11 +99,7 @@ def answer_prompts(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     experts, probabilities, fallbacks = ([value] * len(prompts) for value in (expert, None, None))
     if expert is None:
-        inputs = encode_prompts(tokenizer, queries, chat).to(device)
-        routing = model.route(**inputs, top_k=1)
-        experts = [config.expert_names[number] for number in routing.expert_index.tolist()]
-        probabilities = routing.probabilities.gather(1, routing.expert_index[:, None]).flatten().tolist()
-        fallbacks = fallback_reasons(model, routing, inputs["attention_mask"])
+        experts, probabilities, fallbacks = choose_experts(model, encode_prompts(tokenizer, queries, chat).to(device))
     speakers = {name: ExpertTokenizer(folder, config, tokenizer, name) for name in dict.fromkeys(experts)}
     rows = [speakers[name].encode(prompt, chat) for name, prompt in zip(experts, prompts, strict=True)]
     for number, row in enumerate(rows, start=1):
@@ -178,15 +117,12 @@ def answer_prompts(
     return [Answer(*fields) for fields in zip(prompts, experts, probabilities, fallbacks, texts, strict=True)]
 
 
-def router_queries(prompts: list[Prompt], config: ChannelMergedConfig) -> list[Prompt]:
-    """What the router reads of each prompt: a text as it stands, of a conversation what the config says."""
-    queries = []
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            queries.append(prompt if isinstance(prompt, str) else router_messages(prompt, config.router["context"]))
-        except ValueError as error:
-            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from None
-    return queries
+def choose_experts(model: Any, inputs: BatchEncoding) -> tuple[list[str], list[float], list[str | None]]:
+    """Of each query the expert that answers it, the router's probability for that one, and why it is the default."""
+    routing = model.route(**inputs, top_k=1)
+    experts = [model.config.expert_names[number] for number in routing.expert_index.tolist()]
+    probabilities = routing.probabilities.gather(1, routing.expert_index[:, None]).flatten().tolist()
+    return experts, probabilities, fallback_reasons(model, routing, inputs["attention_mask"])
 
 
 def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> list[str | None]:
@@ -205,36 +141,3 @@ def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> 
         else:
             reasons.append(None)
     return reasons
-
-
-def read_conversations(file: Path) -> list[Prompt]:
-    """Chat messages from a JSONL file with one object a line that holds them as `messages`, as router data has them.
-
-    Raises:
-        ValueError: a line is something else.
-    """
-    conversations = []
-    for number, row in read_json_lines(file):
-        messages = row.get("messages")
-        try:
-            whole = all(
-                isinstance(message["role"], str) and isinstance(message["content"], str) for message in messages
-            )
-        except (KeyError, TypeError):
-            whole = False
-        if not whole or not messages:
-            expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
-            raise ValueError(f"{file}, line {number}: expected {expected}, got {reprlib.repr(row)}")
-        conversations.append(messages)
-    return conversations
-
-
-def end_of_answer(model: Any, expert: str) -> set[int]:
-    """The tokens that end an expert's answer."""
-    ends = (model.config.expert_eos_token_ids or {}).get(expert, model.generation_config.eos_token_id)
-    return {ends} if isinstance(ends, int) else {*(ends or ())}
-
-
-def until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens before the first that ends the answer; behind it is padding."""
-    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]

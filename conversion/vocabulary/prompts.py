@@ -1,15 +1,40 @@
-"""Prompts on their way to token ids: tokenizer with padding, chat template, batch."""
+"""Prompts on their way to token ids: read, rid of what is no text, in a chat template, in a batch for the router."""
 
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from conversion.io.foreign_files import foreign
+from conversion.io.foreign_files import foreign, read_json_lines
 from conversion.vocabulary.own_vocabulary import read_tokenizer
+from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
+from modeling_channel_merged.router_inputs import router_messages
 
 Prompt = str | list[dict[str, Any]]  # a text, or chat messages
+
+
+def read_conversations(file: Path) -> list[Prompt]:
+    """Chat messages from a JSONL file with one object a line that holds them as `messages`, as router data has them.
+
+    Raises:
+        ValueError: a line is something else.
+    """
+    conversations = []
+    for number, row in read_json_lines(file):
+        messages = row.get("messages")
+        try:
+            whole = all(
+                isinstance(message["role"], str) and isinstance(message["content"], str) for message in messages
+            )
+        except (KeyError, TypeError):
+            whole = False
+        if not whole or not messages:
+            expected = '{"messages": [{"role": ..., "content": ...}, ...]}'
+            raise ValueError(f"{file}, line {number}: expected {expected}, got {reprlib.repr(row)}")
+        conversations.append(messages)
+    return conversations
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -58,6 +83,17 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | N
         roles = ", ".join(message["role"] for message in messages)
         name = "default chat template" if template is None else f"chat template {template!r}"
         raise ValueError(f"the {name} does not take messages of the roles {roles}: {error}") from error
+
+
+def router_queries(prompts: list[Prompt], config: ChannelMergedConfig) -> list[Prompt]:
+    """What the router reads of each prompt: a text as it stands, of a conversation what the config says."""
+    queries = []
+    for number, prompt in enumerate(prompts, start=1):
+        try:
+            queries.append(prompt if isinstance(prompt, str) else router_messages(prompt, config.router["context"]))
+        except ValueError as error:
+            raise ValueError(f"prompt {number} of {len(prompts)}: {error}") from None
+    return queries
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], chat: bool) -> BatchEncoding:

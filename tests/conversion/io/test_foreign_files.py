@@ -7,12 +7,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from conversion.__main__ import DEBUG_VARIABLE, main
-from conversion.generate import read_conversations
 from conversion.io.foreign_files import check_counts, foreign, parse_json, read_json, read_yaml
 from conversion.io.sources import find_source
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 from conversion.router.data import load_rows, read_rows
+from conversion.vocabulary.prompts import read_conversations
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,14 @@ from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.checkpoints.merged_checkpoint import read_merged_config
 from conversion.convert import convert
 from conversion.export import export_expert
-from conversion.generate import ExpertTokenizer, answer_prompts, read_conversations
+from conversion.generate import answer_prompts
 from conversion.merging.block_reader import fill_missing_rows
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 from conversion.train_router import main as train_router
+from conversion.vocabulary.expert_tokenizer import ExpertTokenizer
 from conversion.vocabulary.merged_vocabulary import channel_runs, inverse, with_special_tokens
+from conversion.vocabulary.prompts import read_conversations
 from conversion.vocabulary.union_tokenizer import PIECE_MARK, SAMPLES
 
 FAMILIES = {
