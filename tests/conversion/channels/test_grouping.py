@@ -17,6 +17,7 @@ from conversion.channels.grouping import (
     partition_costs,
     set_partitions,
 )
+from conversion.merging.block_reader import fill_missing_rows
 
 BELL_NUMBERS = {1: 1, 2: 2, 3: 5, 4: 15, 5: 52, 6: 203, 7: 877, 8: 4140}
 
@@ -440,3 +441,26 @@ class TestManyExperts:
         assert torch.equal(groups[7], groups[4])
         alone = (groups == groups[5]).sum(0)
         assert (alone <= 2).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("similarity", ["l2", "cosine"])
+def test_groups_are_those_of_the_experts_that_have_the_channel(similarity):
+    """A stand-in row of weight 0 changes nothing: the groups cost what they cost among the experts that are there."""
+    num_experts, generator = 5, torch.Generator().manual_seed(0)
+    rows = list(torch.randn(num_experts, 40, 6, generator=generator))
+    present = torch.rand(num_experts, 40, generator=generator) < 0.7
+    present[:2] = True
+    base = torch.zeros(40, 6)
+    fill_missing_rows(rows, base, present)
+    keys = {"num_groups": 2, "similarity": similarity}
+    deltas = torch.stack(rows)
+    labels = group_channels(gram_matrices(deltas), equal_rows(deltas), weights=present, **keys)
+    for channel in range(40):
+        there = present[:, channel]
+        alone = deltas[there][:, channel : channel + 1]
+        gram = gram_matrices(alone)
+        expected = group_channels(gram, equal_rows(alone), **keys)
+        _, ours = labels[there][:, channel : channel + 1].unique(return_inverse=True)
+        costs = [partition_costs(gram, part, similarity=similarity) for part in (ours, expected)]
+        assert costs[0] <= costs[1] * (1 + 1e-9)
+        assert len(ours.unique()) == len(expected.unique())

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from conversion.channels.row_layout import (
     gray_paths,
+    layout_present,
     layout_rows,
     order_owner_sets,
     owner_names,
@@ -177,3 +178,25 @@ class TestLayoutRows:
     def test_too_many_experts(self):
         with pytest.raises(ValueError, match="at most 62 experts fit the owner bit mask, got 63"):
             layout_rows(torch.zeros(63, 2, dtype=torch.int64))
+
+
+def test_layout_of_channels_that_not_all_have():
+    """As the layout of all channels, without the rows that nobody reads."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (4, 200), generator=generator)
+    present = torch.rand(4, 200, generator=generator) < 0.6
+    layout = layout_present(labels, present)
+    assert torch.equal(layout.channel_index >= 0, present)
+    assert len(layout.row_channel) == int(layout.channel_index.max()) + 1
+    for expert in range(4):
+        rows = layout.channel_index[expert][present[expert]].long()
+        assert torch.equal(layout.row_channel[rows], present[expert].nonzero()[:, 0])
+        assert ((layout.row_owners[rows] >> expert) & 1).all()
+    for channel in range(200):
+        for one in range(4):
+            for other in range(4):
+                if present[one, channel] and present[other, channel]:
+                    same = layout.channel_index[one, channel] == layout.channel_index[other, channel]
+                    assert same == (labels[one, channel] == labels[other, channel])
+    everything = layout_present(labels, torch.ones_like(present))
+    assert all(torch.equal(a, b) for a, b in zip(everything, layout_rows(labels)))

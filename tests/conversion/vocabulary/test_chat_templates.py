@@ -1,0 +1,84 @@
+"""Every expert's chat template is in the checkpoint, under its name and with its own special tokens."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from conversion.merging.plan import make_plan
+from conversion.vocabulary.merged_vocabulary import with_special_tokens
+
+from .conftest import BASE_SIZE, BASE_TEMPLATE, CHATML, NAMES, Experts, byte_tokenizer, extended, model_of_size, save
+
+
+def test_every_chat_template_is_reachable(llama, merged_llama):
+    ours = AutoTokenizer.from_pretrained(merged_llama)
+    messages = [{"role": "user", "content": "hi"}]
+
+    def text(tokenizer, **keys):
+        return tokenizer.apply_chat_template(messages, tokenize=False, **keys)
+
+    assert text(ours) == "[hi]</s>"
+    assert text(ours, chat_template="chat") == text(llama.tokenizer("chat")) == "<|im_start|>user\nhi<|im_end|>\n"
+    assert text(ours, chat_template="code") == text(llama.tokenizer("code")) == "\n<s>hi</s><fim>"
+    # Experts without a template of their own get the default.
+    assert text(ours, chat_template="math") == text(ours, chat_template="small") == "[hi]</s>"
+    assert set(ours.chat_template) == {"default", *NAMES}
+
+
+def test_a_template_keeps_its_own_special_tokens():
+    """`{{ eos_token }}` is the expert's, also where the merged tokenizer has another; other texts stay as they are."""
+    template = "\n {{ eos_token }}{{ bos_token }}|"
+    changed = with_special_tokens(
+        template, {"eos_token": '<"end">', "pad_token": "x"}, {"eos_token": "</s>", "bos_token": "<s>"}
+    )
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = changed
+    assert tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False) == '\n <"end">|'
+    assert with_special_tokens(template, {"eos_token": "</s>"}, {"eos_token": "</s>"}) == template
+
+
+def test_the_first_experts_template_is_the_default_where_the_base_has_none(llama, tmp_path):
+    base = save(model_of_size("llama", BASE_SIZE, 0), extended(), tmp_path / "base")
+    out = Experts(base, llama.folders).convert(tmp_path / "out")
+    templates = AutoTokenizer.from_pretrained(out).chat_template
+    assert templates["default"] == templates["chat"]
+    assert templates["default"].endswith(CHATML)
+
+
+def test_legacy_templates_in_the_tokenizer_config_are_replaced(llama, tmp_path):
+    tokenizer = extended(template=BASE_TEMPLATE)
+    base = save(model_of_size("llama", BASE_SIZE, 0), None, tmp_path / "base")
+    tokenizer.save_pretrained(base, save_jinja_files=False)
+    assert "chat_template" in json.loads((base / "tokenizer_config.json").read_text())
+    out = Experts(base, llama.folders).convert(tmp_path / "out", "math", "small")
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    assert AutoTokenizer.from_pretrained(out).chat_template == dict.fromkeys(
+        ("default", "math", "small"), BASE_TEMPLATE
+    )
+
+
+def test_an_experts_named_templates_are_kept_under_its_name(llama, tmp_path):
+    folder = tmp_path / "tools"
+    model_of_size("llama", BASE_SIZE, 7).save_pretrained(folder)
+    extended(template={"default": "D", "tool_use": "T"}).save_pretrained(folder)
+    out = Experts(llama.base, {**llama.folders, "tools": folder}).convert(tmp_path / "out", "math", "tools")
+    templates = AutoTokenizer.from_pretrained(out).chat_template
+    assert (templates["tools"], templates["tools-tool_use"], templates["default"]) == ("D", "T", BASE_TEMPLATE)
+
+
+def test_an_expert_must_not_be_called_as_a_template_of_the_base(llama):
+    experts = Experts(llama.base, {"default": llama.folders["math"], "chat": llama.folders["chat"]})
+    with pytest.raises(ValueError, match="expert 'default' has the name of a chat template of the base"):
+        make_plan(experts.recipe())
+
+
+@pytest.mark.parametrize(("first", "second"), [("math-pro", "math"), ("math", "math-pro"), ("Math-PRO", "math")])
+def test_two_templates_never_share_a_file(llama, tmp_path, first, second):
+    """The template "pro" of an expert "math" would be the file of an expert "math-pro"."""
+    folder = tmp_path / "pro"
+    model_of_size("llama", BASE_SIZE, 7).save_pretrained(folder)
+    extended(template={"default": "D", "pro": "P"}).save_pretrained(folder)
+    folders = {name: folder if name == "math" else llama.folders["chat"] for name in (first, second)}
+    with pytest.raises(ValueError, match="its chat template would be '[Mm]ath-(pro|PRO)', and '.*' is there already"):
+        make_plan(Experts(llama.base, folders).recipe())
