@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from conversion.channels.row_layout import layout_rows
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.hub.model_card import write_card
 from modeling_channel_merged.channel_merged_layers import find_modules
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -191,6 +192,15 @@ def write_jsonl(file: Path, rows: list[dict]) -> str:
     return str(file)
 
 
+def write_norms(stored, path, **norms):
+    """Change one module of the conversion's report."""
+    file = stored.folder / "conversion_report.json"
+    report = json.loads(file.read_text())
+    for key, values in norms.items():
+        report["modules"][path][key] |= values
+    file.write_text(json.dumps(report))
+
+
 @pytest.fixture
 def stored(tmp_path) -> StoredExperts:
     """Three experts of a tiny Llama with grouped-query attention."""
@@ -215,3 +225,21 @@ def write_jsonl_fixture():
 @pytest.fixture(name="write_tokenizer")
 def write_tokenizer_fixture():
     return write_tokenizer
+
+
+@pytest.fixture
+def measured(stored):
+    """The checkpoint with a conversion's report: e's delta norm is 2 + e, its error norm 1 in every module."""
+    paths = [matrix.path for matrix in inspect_checkpoint(stored.folder).matrices]
+    names = stored.config.expert_names
+    module = {
+        "delta_norms": {name: 2.0 + number for number, name in enumerate(names)},
+        "error_norms": {name: 1.0 for name in names},
+    }
+    (stored.folder / "conversion_report.json").write_text(json.dumps({"modules": {path: module for path in paths}}))
+    return stored
+
+
+@pytest.fixture(name="write_norms")
+def write_norms_fixture():
+    return write_norms

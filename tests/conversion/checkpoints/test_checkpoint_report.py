@@ -1,3 +1,7 @@
+"""What a merged checkpoint holds: parameters, rows by owner, and what merging changed."""
+
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -67,3 +71,40 @@ def test_index_of_a_tied_head_is_checked(tmp_path, write_checkpoint):
     save_file(tensors, stored.folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lm_head.channel_index holds row 999"):
         inspect_checkpoint(stored.folder)
+
+
+def test_json(stored):
+    report = inspect_checkpoint(stored.folder)
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["share"] == report.parameters / report.expert_parameters
+    assert values["rows_by_owners"] == report.rows_by_owners
+    assert len(values["matrices"]) == 16
+
+
+def test_relative_errors_of_kinds_and_experts(measured, write_norms):
+    """Norms of several modules add up as squares do, before they are divided."""
+    write_norms(measured, "model.layers.0.self_attn.q_proj", error_norms={"math": 3.0}, delta_norms={"math": 4.0})
+    report = inspect_checkpoint(measured.folder)
+    kinds = {kind.kind: kind.relative_errors for kind in report.kinds}
+    assert kinds["lm_head"] == pytest.approx((1 / 2, 1 / 3, 1 / 4))
+    assert kinds["q_proj"] == pytest.approx((1 / 2, (10 / 25) ** 0.5, 1 / 4), rel=1e-5)
+    assert kinds["kept per expert"] is None
+    assert report.relative_errors == pytest.approx((1 / 2, ((15 + 9) / (15 * 9 + 16)) ** 0.5, 1 / 4), rel=1e-5)
+
+
+def test_a_report_of_other_experts_is_refused(measured):
+    file = measured.folder / "conversion_report.json"
+    file.write_text(file.read_text().replace('"math"', '"physics"'))
+    with pytest.raises(ValueError, match="is no report of a conversion of instruct, math, code"):
+        inspect_checkpoint(measured.folder)
+
+
+def test_share_of_rows_by_owners_of_every_module(measured):
+    """The JSON report has each module's rows by owner set, which add up to the whole model's."""
+    report = json.loads(json.dumps(inspect_checkpoint(measured.folder).to_dict()))
+    total: dict[str, int] = {}
+    for matrix in report["matrices"]:
+        assert sum(matrix["rows_by_owners"].values()) == matrix["rows"]
+        for owners, rows in matrix["rows_by_owners"].items():
+            total[owners] = total.get(owners, 0) + rows
+    assert total == report["rows_by_owners"]

@@ -1,22 +1,18 @@
-import io
+"""Accuracy, thresholds and calibration of a router, each against its definition."""
+
 import json
-import sys
 
 import numpy as np
 import pytest
-from rich.console import Console
 from transformers import EvalPrediction
 
-from conversion.router.evaluation_report import card_section, evaluation_tables, plot_confusion, summary
 from conversion.router.metrics import (
     CALIBRATION_FOLDS,
-    MIN_CALIBRATION_QUERIES,
     NUM_BINS,
     THRESHOLDS,
     calibration,
     confusion_matrix,
     cross_fitted_temperatures,
-    evaluate_router,
     expected_calibration_error,
     fit_temperature,
     negative_log_likelihood,
@@ -26,23 +22,7 @@ from conversion.router.metrics import (
     useful_temperature,
 )
 
-EXPERTS = ["instruct", "math", "code"]
-
-
-def calibrated(count: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Labels drawn from the softmax of random logits, and those logits times `scale`: the temperature is `scale`."""
-    generator = np.random.default_rng(seed)
-    logits = generator.normal(size=(count, 3)) * 2
-    chances = probabilities(logits)
-    labels = (generator.random((count, 1)) > chances.cumsum(-1)).sum(-1)
-    return (logits * scale).astype(np.float32), labels
-
-
-def metrics_of(logits, labels, sources=None, temperature=1.0, threshold=0.0):
-    sources = ["all"] * len(labels) if sources is None else sources
-    router = {"temperature": temperature, "threshold": threshold, "default_expert": "instruct"}
-    metrics = evaluate_router(logits, labels, sources, EXPERTS, router)
-    return {**metrics, "training": {"queries": 9}}
+from .conftest import EXPERTS, calibrated, metrics_of
 
 
 def test_metrics_against_a_plain_count():
@@ -130,21 +110,6 @@ def test_every_experts_queries_are_in_all_folds():
         assert len(np.unique(sorted_by_expert[labels[order] == expert])) == CALIBRATION_FOLDS
 
 
-def test_too_few_queries_to_measure_calibration():
-    """It is said, instead of a number that means nothing; one query more, and there is one."""
-    logits, labels = calibrated(MIN_CALIBRATION_QUERIES, 2.0)
-    few = metrics_of(logits[1:], labels[1:])
-    assert few["calibration"] == {
-        **{"temperature": 1.0, "bins": NUM_BINS, "folds": CALIBRATION_FOLDS},
-        **dict.fromkeys(("ece_before", "ece", "loss_before", "loss")),
-    }
-    assert "no calibration error: fewer than 50 queries" in summary(few)
-    assert "too few (at least 50 are needed)" in card_section(few, has_plot=False)
-    enough = metrics_of(logits, labels)
-    assert f"calibration error {enough['calibration']['ece']:.3f} (5-fold cross-fitted)" in summary(enough)
-    assert f"is {enough['calibration']['ece']:.3f}, without a temperature" in card_section(enough, has_plot=False)
-
-
 def test_temperature_changes_no_pick():
     logits, labels = calibrated(200, 3.0)
     before, after = metrics_of(logits, labels), metrics_of(logits, labels, temperature=fit_temperature(logits, labels))
@@ -166,57 +131,6 @@ def test_report_by_source_and_threshold():
     assert table[0.5] == [1.0, 0.5, 0.5]
     assert table[0.7] == [0.5, 1.0, 0.75]  # of the other two the default expert gets one right
     assert table[0.95] == [0.0, None, 0.5]
-
-
-def text_of(metrics) -> str:
-    file = io.StringIO()
-    Console(file=file, width=200).print(*evaluation_tables(metrics), sep="\n")
-    return file.getvalue()
-
-
-def test_terminal_shows_everything():
-    logits, labels = calibrated(60, 1.0)
-    metrics = metrics_of(logits, labels, [f"source [{number % 30}]" for number in range(60)])
-    text = text_of(metrics)
-    assert "source [7]" in text and "10 more, see router_eval.json" in text
-    assert "math" in text and "picked math" not in text and "router decides" in text
-    assert f"calibration error {metrics['calibration']['ece']:.3f} (5-fold cross-fitted) with the temperature" in text
-
-
-def test_the_cards_section():
-    metrics = metrics_of(np.eye(3)[[0, 0, 0, 1]], np.array([0, 0, 1, 1]), ["gsm8k", "a|b", "gsm8k", "gsm8k"])
-    assert "router_confusion.png" not in card_section(metrics, has_plot=False)
-    section = card_section(metrics, has_plot=True)
-    for line in (
-        "## Router",
-        "| instruct | 2 | 0 | 0 | 100.0% |",
-        "| code | 0 | 0 | 0 | - |",
-        "](router_confusion.png)",
-        "| gsm8k | 3 | 66.7% |",
-        "| a&#124;b | 1 |",
-        "75.0% of 4 evaluation queries",
-        "router['threshold']",
-    ):
-        assert line in section, line
-
-
-def test_picture(tmp_path, monkeypatch):
-    """The picture has the counts; without matplotlib the error says how to get it."""
-    axes = pytest.importorskip("matplotlib.axes").Axes
-    drawn, text = [], axes.text
-
-    def draw(self, x, y, label, **style):
-        drawn.append((y, x, label))
-        return text(self, x, y, label, **style)
-
-    monkeypatch.setattr(axes, "text", draw)
-    logits, labels = np.eye(3)[[0, 0, 0, 1]], np.array([0, 0, 1, 1])
-    plot_confusion(metrics_of(logits, labels), tmp_path / "confusion.png")
-    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
-    assert {(0, 0, "2"), (1, 0, "1"), (1, 1, "1"), (2, 2, "0")} <= set(drawn) and len(drawn) == 9
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match="pip install 'channel-merged\\[plot\\]'"):
-        plot_confusion(metrics_of(logits, labels), tmp_path / "other.png")
 
 
 def test_a_temperature_that_does_not_help_is_not_used():

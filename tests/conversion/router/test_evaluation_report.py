@@ -1,0 +1,79 @@
+"""What the terminal, the model card and the picture say of a router."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from conversion.router.evaluation_report import card_section, evaluation_tables, plot_confusion, summary
+from conversion.router.metrics import CALIBRATION_FOLDS, MIN_CALIBRATION_QUERIES, NUM_BINS
+
+from .conftest import calibrated, metrics_of
+
+
+def test_too_few_queries_to_measure_calibration():
+    """It is said, instead of a number that means nothing; one query more, and there is one."""
+    logits, labels = calibrated(MIN_CALIBRATION_QUERIES, 2.0)
+    few = metrics_of(logits[1:], labels[1:])
+    assert few["calibration"] == {
+        **{"temperature": 1.0, "bins": NUM_BINS, "folds": CALIBRATION_FOLDS},
+        **dict.fromkeys(("ece_before", "ece", "loss_before", "loss")),
+    }
+    assert "no calibration error: fewer than 50 queries" in summary(few)
+    assert "too few (at least 50 are needed)" in card_section(few, has_plot=False)
+    enough = metrics_of(logits, labels)
+    assert f"calibration error {enough['calibration']['ece']:.3f} (5-fold cross-fitted)" in summary(enough)
+    assert f"is {enough['calibration']['ece']:.3f}, without a temperature" in card_section(enough, has_plot=False)
+
+
+def text_of(metrics) -> str:
+    file = io.StringIO()
+    Console(file=file, width=200).print(*evaluation_tables(metrics), sep="\n")
+    return file.getvalue()
+
+
+def test_terminal_shows_everything():
+    logits, labels = calibrated(60, 1.0)
+    metrics = metrics_of(logits, labels, [f"source [{number % 30}]" for number in range(60)])
+    text = text_of(metrics)
+    assert "source [7]" in text and "10 more, see router_eval.json" in text
+    assert "math" in text and "picked math" not in text and "router decides" in text
+    assert f"calibration error {metrics['calibration']['ece']:.3f} (5-fold cross-fitted) with the temperature" in text
+
+
+def test_the_cards_section():
+    metrics = metrics_of(np.eye(3)[[0, 0, 0, 1]], np.array([0, 0, 1, 1]), ["gsm8k", "a|b", "gsm8k", "gsm8k"])
+    assert "router_confusion.png" not in card_section(metrics, has_plot=False)
+    section = card_section(metrics, has_plot=True)
+    for line in (
+        "## Router",
+        "| instruct | 2 | 0 | 0 | 100.0% |",
+        "| code | 0 | 0 | 0 | - |",
+        "](router_confusion.png)",
+        "| gsm8k | 3 | 66.7% |",
+        "| a&#124;b | 1 |",
+        "75.0% of 4 evaluation queries",
+        "router['threshold']",
+    ):
+        assert line in section, line
+
+
+def test_picture(tmp_path, monkeypatch):
+    """The picture has the counts; without matplotlib the error says how to get it."""
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    drawn, text = [], axes.text
+
+    def draw(self, x, y, label, **style):
+        drawn.append((y, x, label))
+        return text(self, x, y, label, **style)
+
+    monkeypatch.setattr(axes, "text", draw)
+    logits, labels = np.eye(3)[[0, 0, 0, 1]], np.array([0, 0, 1, 1])
+    plot_confusion(metrics_of(logits, labels), tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert {(0, 0, "2"), (1, 0, "1"), (1, 1, "1"), (2, 2, "0")} <= set(drawn) and len(drawn) == 9
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match="pip install 'channel-merged\\[plot\\]'"):
+        plot_confusion(metrics_of(logits, labels), tmp_path / "other.png")
