@@ -26,6 +26,7 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=12),
 }
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 def fill(parameters):
@@ -77,6 +78,12 @@ def dense_expert(model: ChannelMergedForCausalLM, expert: int):
                 value = merged.experts[expert].get_parameter(name)
             parameter.data.copy_(value)
     return dense
+
+
+def left_padded(input_ids, count):
+    padding = input_ids.new_zeros(len(input_ids), count)
+    padded = torch.cat([padding, input_ids], dim=1)
+    return padded, (padded != 0).long()
 
 
 @pytest.fixture(params=CONFIGS)

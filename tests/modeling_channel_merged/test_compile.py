@@ -1,11 +1,15 @@
-"""torch.compile and torch.export see the channel index as it is, also in a model that has not run before."""
+"""One graph an expert and one for mixed batches, which see the channel index as it is, also in a model that has not
+run before: torch.compile and torch.export."""
+
+import shutil
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
-from .conftest import CONFIGS, random_model
+from .conftest import CONFIGS, SIZES, random_model
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +109,51 @@ def test_a_model_that_has_not_run_exports(prompts, written):
         layer.channel_index.copy_(flip(layer.channel_index))
     exported = torch.export.export(OneExpert(model, "math"), (prompts,))
     torch.testing.assert_close(exported.module()(prompts), model(prompts, expert_index="math").logits)
+
+
+def test_compiled_whole_one_graph_per_expert_and_one_for_mixed_batches(llama_model, prompts):
+    """No graph breaks, and no recompilation for another mix of experts."""
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(llama_model.forward, fullgraph=True, backend=graphs)
+    mixes = [torch.tensor([0, 1, 2]), torch.tensor([2, 1, 0]), torch.tensor([2, 2, 2])]
+    with torch.no_grad():
+        for expert_index in ["instruct", "math", "code", *mixes, "instruct"]:
+            expected = llama_model(prompts, expert_index=expert_index, use_cache=False).logits
+            output = compiled(prompts, expert_index=expert_index, use_cache=False).logits
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's own, on its first import
+@pytest.mark.parametrize("expert_index", ["math", torch.tensor([2, 0, 1])], ids=["one", "mixed"])
+@torch.no_grad()
+def test_inductor_decodes_the_same_tokens(prompts, expert_index):
+    model = random_model(LlamaConfig(**SIZES | {"num_hidden_layers": 1}), 3)
+
+    def decode(step):
+        cache = StaticCache(config=model.config.text_config, max_cache_len=16)
+        tokens = [model(prompts, past_key_values=cache, expert_index=expert_index).logits[:, -1:].argmax(-1)]
+        for _ in range(5):
+            output = step(tokens[-1], past_key_values=cache, expert_index=expert_index)
+            tokens.append(output.logits[:, -1:].argmax(-1))
+        return torch.cat(tokens, dim=1)
+
+    assert torch.equal(decode(torch.compile(model.forward, fullgraph=True)), decode(model.forward))
+
+
+def test_compiled_decode_with_a_static_cache(llama_model, prompts):
+    graphs = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(llama_model.forward, fullgraph=True, backend=graphs)
+    expert_index = torch.tensor([2, 0, 1])
+    with torch.no_grad():
+        cache = StaticCache(config=llama_model.config.text_config, max_cache_len=16)
+        token = llama_model(prompts, past_key_values=cache, expert_index=expert_index).logits[:, -1:].argmax(-1)
+        tokens = [token]
+        for _ in range(3):
+            output = compiled(token, past_key_values=cache, expert_index=expert_index)
+            token = output.logits[:, -1:].argmax(-1)
+            tokens.append(token)
+    expected = llama_model.generate(prompts, expert_index=expert_index, max_new_tokens=4, do_sample=False)[:, 7:]
+    assert torch.equal(torch.cat(tokens, dim=1), expected)
+    assert graphs.frame_count == 1

@@ -6,26 +6,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    DynamicCache,
-    Gemma2Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    StaticCache,
-    TextStreamer,
-)
+from transformers import DynamicCache, Gemma2Config, PreTrainedTokenizerFast, Qwen2Config, StaticCache, TextStreamer
 
 from modeling_channel_merged import ChannelMergedForCausalLM
 
-from .conftest import CONFIGS, SIZES, dense_expert, random_model
-
-GREEDY = {"max_new_tokens": 6, "do_sample": False}
-
-
-def left_padded(input_ids, count):
-    padding = input_ids.new_zeros(len(input_ids), count)
-    padded = torch.cat([padding, input_ids], dim=1)
-    return padded, (padded != 0).long()
+from .conftest import CONFIGS, GREEDY, SIZES, dense_expert, left_padded, random_model
 
 
 def words(model: ChannelMergedForCausalLM) -> torch.LongTensor:
