@@ -4,20 +4,18 @@
 checkpoint calls it.
 """
 
-import threading
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
+from conversion.io.open_files import OpenFiles
 from conversion.io.weight_files import StoredTensor
 
 
 class ExpertReader:
     """Rows of one checkpoint's parameters, by their names in the base architecture.
 
-    Keeps one shard open. Several threads may read.
+    Several threads may read.
 
     Args:
         name: what errors call this checkpoint.
@@ -29,9 +27,7 @@ class ExpertReader:
         self.name = name
         self.tensors = dict(tensors)
         self.transposed = frozenset(transposed)
-        self._file: Path | None = None
-        self._stream: BinaryIO | None = None
-        self._lock = threading.Lock()
+        self._files = OpenFiles()
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
@@ -58,9 +54,7 @@ class ExpertReader:
         return buffer.view(tensor.dtype).view(stop - start, *tensor.shape[1:])
 
     def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-        self._file = self._stream = None
+        self._files.close()
 
     def _read_columns(self, tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
         """Columns of a matrix stored as (I, O), turned into rows (stop - start, I)."""
@@ -77,17 +71,13 @@ class ExpertReader:
 
     def _read_into(self, tensor: StoredTensor, buffer: torch.Tensor, offset: int) -> None:
         """Fill `buffer` (uint8) from the tensor's bytes beginning at `offset`."""
-        view = memoryview(buffer.numpy())
-        with self._lock:
-            if tensor.file != self._file:
-                self.close()
-                self._file, self._stream = tensor.file, tensor.file.open("rb", buffering=0)
-            self._stream.seek(tensor.offset + offset)
-            while len(view):
-                count = self._stream.readinto(view)
-                if not count:
-                    raise ValueError(f"{self.name}: {tensor.file} ended {len(view)} bytes early while it was read")
-                view = view[count:]
+        view, place = memoryview(buffer.numpy()), tensor.offset + offset
+        file = self._files.get(tensor.file)
+        while len(view):
+            count = file.read_into(view, place)
+            if not count:
+                raise ValueError(f"{self.name}: {tensor.file} ended {len(view)} bytes early while it was read")
+            view, place = view[count:], place + count
 
 
 def check_tied_head(reader: ExpertReader, head: str, embedding: str, chunks: list[tuple[int, int]]) -> None:
