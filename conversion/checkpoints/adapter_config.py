@@ -144,4 +144,6 @@ def is_named(module: str, name: str) -> bool:
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that a module's path, or an end of it, matches; PEFT's rule."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    from peft.utils.other import get_pattern_key  # slow to import, and most commands read no adapter
+
+    return patterns.get(get_pattern_key(patterns.keys(), module), default)
