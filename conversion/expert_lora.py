@@ -18,7 +18,7 @@ Shapes: B batch, O channels, I inputs, r rank.
 
 import json
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from conversion.checkpoints.adapter_config import MERGED_EXPERT
+from conversion.checkpoints.adapter_config import MERGED_EXPERT, changed_settings
 from conversion.io.sources import ADAPTER_CONFIG
 
 TASK_TYPE = "CAUSAL_LM"
@@ -130,8 +130,8 @@ def adapt_expert(model: nn.Module, expert: str, adapter: LoraConfig | str | Path
         raise ValueError(f"{type(model).__name__} is no channel-merged model: give PEFT's get_peft_model any other")
     model.config.expert_id(expert)
     config = adapter if isinstance(adapter, LoraConfig) else read_lora_config(Path(adapter), expert)
+    check_settings(config)
     values = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
-    check_settings(values)
     values |= {"task_type": TASK_TYPE, "target_modules": values["target_modules"] or ALL_LINEAR}
     values["inference_mode"] = False  # a saved adapter says the opposite, and would not train
     if values["target_modules"] == ALL_LINEAR:
@@ -161,18 +161,18 @@ def read_lora_config(folder: Path, expert: str) -> LoraConfig:
     return LoraConfig(**{key: value for key, value in values.items() if key in known})
 
 
-def check_settings(values: dict[str, object]):
+def check_settings(config: LoraConfig):
     """ValueError for a setting that does more than add a low-rank product to a linear map."""
-    defaults = LoraConfig()
-    for name, value in values.items():
-        if name not in FREE_SETTINGS and value != getattr(defaults, name):
+    values = asdict(config)
+    for name, default in changed_settings(values).items():
+        if name not in FREE_SETTINGS:
             raise ValueError(
-                f"{name} is {value!r}, expected {getattr(defaults, name)!r}: it does not stay inside one expert's rows"
+                f"{name} is {values[name]!r}, expected {default!r}: it does not stay inside one expert's rows"
             )
-    if values["init_lora_weights"] not in INITIALISATIONS:
-        raise ValueError(f"init_lora_weights is {values['init_lora_weights']!r}, expected one of {INITIALISATIONS}")
-    if values["task_type"] not in (None, TASK_TYPE):
-        raise ValueError(f"task_type is {values['task_type']!r}, expected {TASK_TYPE!r}")
+    if config.init_lora_weights not in INITIALISATIONS:
+        raise ValueError(f"init_lora_weights is {config.init_lora_weights!r}, expected one of {INITIALISATIONS}")
+    if config.task_type not in (None, TASK_TYPE):
+        raise ValueError(f"task_type is {config.task_type!r}, expected {TASK_TYPE!r}")
 
 
 def check_targets(model: nn.Module, config: LoraConfig):

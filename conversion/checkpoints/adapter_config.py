@@ -5,7 +5,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ logger = logging.getLogger(__name__)
 
 MERGED_EXPERT = "merged_expert"  # the setting that names the expert of a merged model that an adapter is of
 
-# Settings that are read here, or that change nothing once the adapter is trained. Any other that is set is refused.
-KNOWN_SETTINGS = frozenset(
+# Settings that are read here, or that change nothing once the adapter is trained. Any other must be PEFT's default.
+MERGEABLE_SETTINGS = frozenset(
     """
     alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
     fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_bias lora_dropout lora_ga_config megatron_config megatron_core merged_expert modules_to_save modules_to_tie
-    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules
-    target_modules_to_tie task_type trainable_token_indices use_dora use_rslora
+    lora_bias lora_dropout lora_ga_config merged_expert modules_to_save peft_version r rank_pattern revision
+    target_modules task_type trainable_token_indices use_dora use_rslora
     """.split()
 )
 # Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and others do not.
@@ -72,9 +71,9 @@ def read_adapter_config(source: Source) -> AdapterConfig:
         raise ValueError(
             f"{source.name}: {source.model} is a PEFT adapter of type {str(kind)[:80]}, only LORA can be merged"
         )
-    for key, value in sorted(values.items()):
-        if key not in KNOWN_SETTINGS and value:
-            raise ValueError(f"{source.name}: {source.model} sets {key} to {value!r}, which is not supported")
+    for key in sorted(changed_settings(values).keys() - MERGEABLE_SETTINGS):
+        if values[key]:  # what is empty asks for nothing
+            raise ValueError(f"{source.name}: {source.model} sets {key} to {values[key]!r}, which is not supported")
     initialisation = values.get("init_lora_weights")
     if initialisation not in KNOWN_INITIALISATIONS:
         raise ValueError(
@@ -113,6 +112,18 @@ def read_adapter_config(source: Source) -> AdapterConfig:
             f"{source.name}: {ADAPTER_CONFIG} of {source.model} must have numbers r (at least 1) and lora_alpha, "
             f"and patterns with numbers, got {shown}"
         ) from None
+
+
+def changed_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Names of the settings of a LoRA that differ from PEFT's default -> the default; None of what PEFT does not know.
+
+    Args:
+        values: settings by name, as adapter_config.json or `dataclasses.asdict` has them.
+    """
+    from peft import LoraConfig  # slow to import, and most commands read no adapter
+
+    defaults = asdict(LoraConfig())
+    return {name: defaults.get(name) for name, value in values.items() if value != defaults.get(name)}
 
 
 def compare_base_names(config: AdapterConfig, source: Source, base: Source) -> None:
