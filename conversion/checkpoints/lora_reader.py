@@ -64,18 +64,30 @@ UNREAD_COPIES = (".modules_to_save.", ".original_module.")
 
 
 @dataclass(frozen=True)
-class Patch:
-    """What an adapter does to one parameter: names of its tensors, and how they count."""
+class AdapterTensors:
+    """What an adapter has for one parameter: names of its tensors."""
 
     whole: str | None = None  # replaces the base's tensor
     up: str | None = None  # (O, r)
     down: str | None = None  # (r, I)
-    scaling: float = 1.0
+    embedding_up: str | None = None  # (r, O)
+    embedding_down: str | None = None  # (I, r)
     magnitude: str | None = None  # (O,), DoRA
     shift: str | None = None  # (O,), added to a bias after scaling
     tokens: str | None = None  # (tokens, I), rows that are replaced
+
+    def present(self) -> dict[str, str]:
+        """The tensors that are there: what each is to the parameter -> its name."""
+        return {part: name for part, name in vars(self).items() if name is not None}
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What an adapter does to one parameter: its tensors, and how they count."""
+
+    tensors: AdapterTensors
+    scaling: float = 1.0
     token_ids: tuple[int, ...] = ()
-    embedding: bool = False  # up is stored as (r, O), down as (I, r)
 
 
 class LoraReader:
@@ -103,9 +115,9 @@ class LoraReader:
         known = {**base.tensors, **{head: base.tensors[embedding] for head, embedding in tied.items()}}
         self.tensors = {name: self._merged(known[name], name, adapter) for name in known}
         self._base = base.with_tensors(known)
-        turned = [patch.up for patch in patches.values() if patch.embedding]
-        turned += [patch.whole for parameter, patch in patches.items() if patch.whole and parameter in base.transposed]
-        self._adapter = ExpertReader(name, adapter, turned)
+        turned = {patch.tensors.embedding_up for patch in patches.values()}
+        turned |= {patch.tensors.whole for parameter, patch in patches.items() if parameter in base.transposed}
+        self._adapter = ExpertReader(name, adapter, turned & adapter.keys())
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
@@ -122,19 +134,20 @@ class LoraReader:
         patch = self.patches.get(name)
         if patch is None:
             return self._base.read_rows(name, start, stop)
+        tensors = patch.tensors
         first = start - start % BLOCK_ROWS
         last = min(stop + -stop % BLOCK_ROWS, self._num_rows(name))
-        reader, stored = (self._adapter, patch.whole) if patch.whole else (self._base, name)
+        reader, stored = (self._adapter, tensors.whole) if tensors.whole else (self._base, name)
         rows = reader.read_rows(stored, first, last).to(self.dtype(name))
-        if patch.up:
+        if tensors.up or tensors.embedding_up:
             rows = self._adapted(rows, patch, first, last)
-        if patch.shift:
-            shift = self._adapter.read_rows(patch.shift, first, last).float()
+        if tensors.shift:
+            shift = self._adapter.read_rows(tensors.shift, first, last).float()
             rows = rows.float().add_(shift.mul_(patch.scaling)).to(rows.dtype)
-        if patch.tokens:
+        if tensors.tokens:
             ids = torch.tensor(patch.token_ids)
             here = (ids >= first) & (ids < last)
-            rows[ids[here] - first] = self._adapter.read(patch.tokens)[here].to(rows.dtype)
+            rows[ids[here] - first] = self._adapter.read(tensors.tokens)[here].to(rows.dtype)
         return rows[start - first : stop - first]
 
     def close(self) -> None:
@@ -143,12 +156,14 @@ class LoraReader:
 
     def _adapted(self, rows: torch.Tensor, patch: Patch, first: int, last: int) -> torch.Tensor:
         """Rows (C, I) that begin with a block, with the low-rank product of the adapter; their dtype."""
-        up = self._adapter.read_rows(patch.up, first, last).float()
-        down = self._adapter.read(patch.down).float()
-        magnitude = self._adapter.read_rows(patch.magnitude, first, last).float() if patch.magnitude else None
-        return add_low_rank(
-            rows, up, down.T.contiguous() if patch.embedding else down, patch.scaling, magnitude=magnitude
-        )
+        tensors, magnitude = patch.tensors, None
+        up = self._adapter.read_rows(tensors.up or tensors.embedding_up, first, last).float()
+        down = self._adapter.read(tensors.down or tensors.embedding_down).float()
+        if tensors.embedding_down:
+            down = down.T.contiguous()
+        if tensors.magnitude:
+            magnitude = self._adapter.read_rows(tensors.magnitude, first, last).float()
+        return add_low_rank(rows, up, down, patch.scaling, magnitude=magnitude)
 
     def _num_rows(self, name: str) -> int:
         return self.tensors[name].shape[-1 if name in self.transposed else 0]
@@ -156,9 +171,9 @@ class LoraReader:
     def _merged(self, stored: StoredTensor, name: str, adapter: Mapping[str, StoredTensor]) -> StoredTensor:
         """Shape and dtype of a parameter with the adapter: the base's, or the shape of what replaces it."""
         patch = self.patches.get(name)
-        if patch is None or patch.whole is None:
+        if patch is None or patch.tensors.whole is None:
             return stored
-        shape = adapter[patch.whole].shape
+        shape = adapter[patch.tensors.whole].shape
         return replace(stored, shape=shape, num_bytes=math.prod(shape) * stored.dtype.itemsize)
 
 
@@ -209,11 +224,11 @@ def one_thread() -> Iterator[None]:
 
 def read_adapter(
     source: Source, inner: PreTrainedModel, prefix: str = KEY_PREFIX
-) -> tuple[dict[str, StoredTensor], dict[str, dict[str, str]]]:
-    """An adapter's tensors by name, and by parameter: name -> what a tensor is to it -> the tensor's name."""
+) -> tuple[dict[str, StoredTensor], dict[str, AdapterTensors]]:
+    """An adapter's tensors by their own names, and which of them each parameter has."""
     try:
         adapter = read_headers(source.folder, ADAPTER_FORMATS)
-        parts = by_parameter_name(inner, _parts_by_parameter(adapter, prefix))
+        by_parameter = by_parameter_name(inner, _by_parameter(adapter, prefix))
     except ValueError as error:
         raise ValueError(f"{source.name}: {error}") from None
     if not adapter:
@@ -223,15 +238,15 @@ def read_adapter(
             raise ValueError(
                 f"{source.name}: {key} is stored as {tensor.dtype_name}, expected {', '.join(FLOAT_DTYPES)}"
             )
-    return adapter, parts
+    return adapter, by_parameter
 
 
 def saved_rows(source: Source, inner: PreTrainedModel, name: str) -> int | None:
     """How many rows a matrix of the base has in the adapter that saves it whole; None where it does not."""
     refuse_merged_expert(source, read_adapter_config(source))
-    adapter, parts = read_adapter(source, inner)
-    found, _, _ = match_names(parts, [name], inner.base_model_prefix)
-    whole = parts[found[name]].get("whole") if found else None
+    adapter, by_parameter = read_adapter(source, inner)
+    found, _, _ = match_names(by_parameter, [name], inner.base_model_prefix)
+    whole = by_parameter[found[name]].whole if found else None
     return adapter[whole].shape[0] if whole else None
 
 
@@ -258,13 +273,14 @@ def adapter_reader(
     """
     config = read_adapter_config(source)
     compare_base_names(config, source, base)
-    adapter, parts = read_adapter(source, inner, KEY_PREFIX if config.merged_expert is None else MERGED_KEY_PREFIX)
+    prefix = KEY_PREFIX if config.merged_expert is None else MERGED_KEY_PREFIX
+    adapter, by_parameter = read_adapter(source, inner, prefix)
     heads = {
         f"{path}.weight": f"{module.tied_to}.weight" for path, module in modules.channel.items() if module.tied_to
     }
-    found, _, extra = match_names(parts, {*base_reader.tensors, *heads}, inner.base_model_prefix)
+    found, _, extra = match_names(by_parameter, {*base_reader.tensors, *heads}, inner.base_model_prefix)
     if extra:
-        keys = sorted(key for name in extra for key in parts[name].values())
+        keys = sorted(key for name in extra for key in by_parameter[name].present().values())
         more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         raise ValueError(
             f"{source.name}: {source.model} has a tensor that fits nothing in {type(inner).__name__}: {keys[0]}{more}"
@@ -273,7 +289,7 @@ def adapter_reader(
     for name, stored in found.items():
         shape = base_reader.tensors[heads.get(name, name)].shape
         shape = shape[::-1] if name in base_reader.transposed else shape
-        patches[name] = PatchBuilder(source.name, config, adapter).patch(stored, parts[stored], shape)
+        patches[name] = PatchBuilder(source.name, config, adapter).patch(stored, by_parameter[stored], shape)
     _check_saved_modules(source, config, patches, base_reader.tensors)
     tied = {}
     for head, embedding in heads.items():
@@ -298,41 +314,40 @@ class PatchBuilder:
         self._config = config
         self._adapter = adapter
 
-    def patch(self, name: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> Patch:
+    def patch(self, name: str, tensors: AdapterTensors, shape: tuple[int, ...]) -> Patch:
         """The patch of one parameter.
 
         Args:
             name: the parameter's, as the adapter has it.
-            parts: what a tensor is to the parameter -> the tensor's name.
+            tensors: what the adapter has for it.
             shape: the base's, as rows (O, I) or (O,).
         """
         module = name.rpartition(".")[0]
-        whole = parts.get("whole")
-        if whole and "down" not in parts and "embedding_down" not in parts:
-            self._refuse_mixture(parts, {"whole"}, name)
-            return Patch(whole=whole)
-        if "shift" in parts:
-            self._refuse_mixture(parts, {"whole", "shift"}, name)
-            self._check_shape(parts["shift"], shape)
-            return Patch(whole=whole, shift=parts["shift"], scaling=self._config.scaling_of(module))
-        if "tokens" in parts:
-            self._refuse_mixture(parts, {"tokens"}, name)
-            return self._tokens_patch(module, parts["tokens"], shape)
-        if whole:  # the embedding may have another size than the base's
-            shape = self._adapter[whole].shape
-        return self._low_rank_patch(module, parts, shape)
+        if tensors.whole and not (tensors.down or tensors.embedding_down):
+            self._refuse_mixture(tensors, {"whole"}, name)
+            return Patch(tensors)
+        if tensors.shift:
+            self._refuse_mixture(tensors, {"shift"}, name)
+            self._check_shape(tensors.shift, shape)
+            return Patch(tensors, scaling=self._config.scaling_of(module))
+        if tensors.tokens:
+            self._refuse_mixture(tensors, {"tokens"}, name)
+            return Patch(tensors, token_ids=self._token_ids(module, tensors.tokens, shape))
+        # An embedding that is saved whole may have another size than the base's.
+        self._check_low_rank(module, tensors, self._adapter[tensors.whole].shape if tensors.whole else shape)
+        return Patch(tensors, scaling=self._config.scaling_of(module))
 
-    def _low_rank_patch(self, module: str, parts: Mapping[str, str], shape: tuple[int, ...]) -> Patch:
-        embedding = "embedding_up" in parts or "embedding_down" in parts
-        prefix = "embedding_" if embedding else ""
-        self._refuse_mixture(parts, {"whole", "magnitude", f"{prefix}up", f"{prefix}down"}, module)
-        for part in ("up", "down"):
-            if f"{prefix}{part}" not in parts:
-                raise ValueError(
-                    f"{self._expert}: the adapter of {module} is incomplete, it has only {', '.join(parts.values())}"
-                )
-        if ("magnitude" in parts) != self._config.use_dora:
-            has = "has a" if "magnitude" in parts else "has no"
+    def _check_low_rank(self, module: str, tensors: AdapterTensors, shape: tuple[int, ...]) -> None:
+        """ValueError unless these are both factors of a matrix of this shape, of the rank and kind in the config."""
+        embedding = tensors.embedding_up is not None or tensors.embedding_down is not None
+        names = ("embedding_up", "embedding_down") if embedding else ("up", "down")
+        self._refuse_mixture(tensors, {"whole", "magnitude", *names}, module)
+        up, down = (getattr(tensors, name) for name in names)
+        if up is None or down is None:
+            there = ", ".join(tensors.present().values())
+            raise ValueError(f"{self._expert}: the adapter of {module} is incomplete, it has only {there}")
+        if (tensors.magnitude is not None) != self._config.use_dora:
+            has = "has a" if tensors.magnitude else "has no"
             raise ValueError(
                 f"{self._expert}: the adapter of {module} {has} lora_magnitude_vector, "
                 f"but its config says use_dora {self._config.use_dora}"
@@ -343,29 +358,20 @@ class PatchBuilder:
             )
         if len(shape) != 2:
             raise ValueError(f"{self._expert}: {module} is no matrix, its shape is {list(shape)}")
-        up, down = parts[f"{prefix}up"], parts[f"{prefix}down"]
         rank = self._config.rank_of(module)
         for key, expected in ((up, (shape[0], rank)), (down, (rank, shape[1]))):
             self._check_shape(key, expected[::-1] if embedding else expected)
-        if "magnitude" in parts:
-            self._check_shape(parts["magnitude"], shape[:1])
-        return Patch(
-            whole=parts.get("whole"),
-            up=up,
-            down=down,
-            scaling=self._config.scaling_of(module),
-            magnitude=parts.get("magnitude"),
-            embedding=embedding,
-        )
+        if tensors.magnitude:
+            self._check_shape(tensors.magnitude, shape[:1])
 
-    def _tokens_patch(self, module: str, key: str, shape: tuple[int, ...]) -> Patch:
+    def _token_ids(self, module: str, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         ids = self._config.tokens_of(module)
         if not ids or not all(isinstance(number, int) and 0 <= number < shape[0] for number in ids):
             raise ValueError(
                 f"{self._expert}: trainable_token_indices of {module} must be from 0 to {shape[0] - 1}, got {ids}"
             )
         self._check_shape(key, (len(ids), *shape[1:]))
-        return Patch(tokens=key, token_ids=tuple(ids))
+        return tuple(ids)
 
     def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
         if self._adapter[key].shape != tuple(shape):
@@ -374,16 +380,16 @@ class PatchBuilder:
                 "by the base and adapter_config.json"
             )
 
-    def _refuse_mixture(self, parts: Mapping[str, str], known: set[str], place: str) -> None:
-        unknown = sorted(key for part, key in parts.items() if part not in known)
+    def _refuse_mixture(self, tensors: AdapterTensors, known: set[str], place: str) -> None:
+        unknown = sorted(key for part, key in tensors.present().items() if part not in known)
         if unknown:
             raise ValueError(
                 f"{self._expert}: {unknown[0]} cannot be combined with what else the adapter has for {place}"
             )
 
 
-def _parts_by_parameter(keys: Iterable[str], prefix: str) -> dict[str, dict[str, str]]:
-    """Parameter name, as the adapter has it -> what each of its tensors is to it -> the tensor's name."""
+def _by_parameter(keys: Iterable[str], prefix: str) -> dict[str, AdapterTensors]:
+    """Parameter name, as the adapter has it -> what the adapter has for it."""
     parts: dict[str, dict[str, str]] = {}
     for key in keys:
         if any(copy in key for copy in UNREAD_COPIES):
@@ -395,7 +401,7 @@ def _parts_by_parameter(keys: Iterable[str], prefix: str) -> dict[str, dict[str,
         else:
             parameter, part = PARTS[ending]
             parts.setdefault(f"{path.removesuffix(ending)}.{parameter}", {})[part] = key
-    return parts
+    return {parameter: AdapterTensors(**named) for parameter, named in parts.items()}
 
 
 def _check_saved_modules(
@@ -404,7 +410,7 @@ def _check_saved_modules(
     """ValueError where adapter_config.json names a module as saved whole whose tensors are not there."""
     for module in config.modules_to_save:
         names = [name for name in parameters if is_named(name.rpartition(".")[0], module)]
-        missing = [name for name in names if name not in patches or patches[name].whole is None]
+        missing = [name for name in names if name not in patches or patches[name].tensors.whole is None]
         if missing:
             raise ValueError(
                 f"{source.name}: {ADAPTER_CONFIG} of {source.model} has {module} among modules_to_save, "
@@ -419,7 +425,7 @@ def _check_tied(source: Source, patches: Mapping[str, Patch], head: str, embeddi
     compared when they are read.
     """
     changed = [name for name in (head, embedding) if name in patches]
-    if len(changed) == 1 and not (changed == [embedding] and patches[embedding].tokens):
+    if len(changed) == 1 and not (changed == [embedding] and patches[embedding].tensors.tokens):
         other = embedding if changed == [head] else head
         raise ValueError(
             f"{source.name}: the adapter changes {changed[0]} but not {other}, and the base ties them "
