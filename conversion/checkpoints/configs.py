@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from conversion.checkpoints.architecture import base_architecture
-from conversion.checkpoints.lora_reader import saved_rows
+from conversion.checkpoints.lora_patches import saved_rows
 from conversion.io.foreign_files import foreign, read_model_config
 from conversion.io.model_files import drop_code_references
 from conversion.io.sources import Source

@@ -11,7 +11,8 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conversion.checkpoints.lora_reader import BLOCK_ROWS, LoraReader, add_low_rank
+from conversion.channels.low_rank import BLOCK_ROWS
+from conversion.checkpoints.lora_reader import LoraReader
 from conversion.convert import convert
 from conversion.export import export_expert
 from conversion.io.row_reader import ExpertReader
@@ -160,34 +161,6 @@ def test_chunks_change_no_bit(planned, kind):
             edges = [*range(0, rows, chunk), rows]
             parts = [reader.read_rows(name, start, stop) for start, stop in zip(edges[:-1], edges[1:])]
             assert torch.equal(torch.cat(parts), whole), (name, chunk)
-
-
-@pytest.mark.parametrize("inputs", [24, 2001])
-@pytest.mark.parametrize("rank", [1, 16, 63])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_blocks_do_not_depend_on_what_follows_nor_on_threads(rank, dora, inputs):
-    """Sizes at which a matrix product takes other kernels for few rows than for many, and for several threads."""
-    generator = torch.Generator().manual_seed(0)
-    rows, up = torch.randn(77, inputs, generator=generator), torch.randn(77, rank, generator=generator)
-    down = torch.randn(rank, inputs, generator=generator)
-    magnitude = torch.rand(77, generator=generator) if dora else None
-    whole = add_low_rank(rows, up, down, 0.7, magnitude=magnitude)
-    for start, stop in ((0, 16), (16, 77), (64, 77), (32, 64)):
-        part = slice(start, stop)
-        norms = magnitude[part] if dora else None
-        assert torch.equal(add_low_rank(rows[part].clone(), up[part].clone(), down, 0.7, magnitude=norms), whole[part])
-    threads = torch.get_num_threads()
-    for number in (1, 2, 4):
-        torch.set_num_threads(number)
-        assert torch.equal(add_low_rank(rows, up, down, 0.7, magnitude=magnitude), whole)
-        assert torch.get_num_threads() == number
-    torch.set_num_threads(threads)
-    exact = rows.double() + 0.7 * (up.double() @ down.double())
-    if dora:
-        exact *= (magnitude.double() / exact.norm(dim=1))[:, None]
-    terms = rows.double().abs() + 0.7 * (up.double().abs() @ down.double().abs())
-    bound = (rank + 3) * torch.finfo(torch.float32).eps * (terms if not dora else terms.max() / terms.mean())
-    assert ((whole.double() - exact).abs() <= bound).all()
 
 
 def test_a_chunk_reads_its_rows_and_not_the_matrix(planned, monkeypatch):
