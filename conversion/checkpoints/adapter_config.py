@@ -55,7 +55,20 @@ class AdapterConfig:
         """Ids of the trained tokens of a module; None where it has none."""
         if not isinstance(self.token_indices, Mapping):
             return self.token_indices
-        return next((ids for name, ids in self.token_indices.items() if is_named(module, name)), None)
+        return next((ids for name, ids in self.token_indices.items() if self.names(name, module)), None)
+
+    @staticmethod
+    def names(name: str, module: str) -> bool:
+        """Whether a name in the config is of the module with this path: the path or an end of it."""
+        return module == name or module.endswith(f".{name}")
+
+    def check_of_base(self, source: Source) -> None:
+        """ValueError where an expert of a merged model was adapted."""
+        if self.merged_expert is not None:
+            raise ValueError(
+                f"{source.name}: {source.model} adapts the expert {self.merged_expert!r} of a channel-merged "
+                "checkpoint and not a base model: fold it into that checkpoint with channel-merge add-expert"
+            )
 
 
 def read_adapter_config(source: Source) -> AdapterConfig:
@@ -138,19 +151,6 @@ def compare_base_names(config: AdapterConfig, source: Source, base: Source) -> N
             config.base_model,
             base.model,
         )
-
-
-def refuse_merged_expert(source: Source, config: AdapterConfig) -> None:
-    if config.merged_expert is not None:
-        raise ValueError(
-            f"{source.name}: {source.model} adapts the expert {config.merged_expert!r} of a channel-merged "
-            "checkpoint and not a base model: fold it into that checkpoint with channel-merge add-expert"
-        )
-
-
-def is_named(module: str, name: str) -> bool:
-    """Whether a module's path is a name or ends with it."""
-    return module == name or module.endswith(f".{name}")
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

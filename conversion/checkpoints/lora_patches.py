@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from conversion.checkpoints.adapter_config import AdapterConfig, read_adapter_config, refuse_merged_expert
+from conversion.checkpoints.adapter_config import AdapterConfig, read_adapter_config
 from conversion.checkpoints.tensor_names import by_parameter_name, match_names
 from conversion.io.sources import Source
 from conversion.io.weight_files import ADAPTER_FORMATS, FLOAT_DTYPES, StoredTensor, read_headers
@@ -86,7 +86,7 @@ def read_adapter(
 def saved_rows(source: Source, inner: PreTrainedModel, name: str) -> int | None:
     """How many rows a matrix of the base has in the adapter that saves it whole; None where it does not."""
     config = read_adapter_config(source)
-    refuse_merged_expert(source, config)
+    config.check_of_base(source)
     adapter, by_parameter = read_adapter(source, config, inner)
     found, _, _ = match_names(by_parameter, [name], inner.base_model_prefix)
     whole = by_parameter[found[name]].whole if found else None

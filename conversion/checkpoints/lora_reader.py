@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from conversion.channels.low_rank import BLOCK_ROWS, add_low_rank
-from conversion.checkpoints.adapter_config import AdapterConfig, compare_base_names, is_named, read_adapter_config
+from conversion.checkpoints.adapter_config import AdapterConfig, compare_base_names, read_adapter_config
 from conversion.checkpoints.lora_patches import Patch, PatchBuilder, read_adapter
 from conversion.checkpoints.tensor_names import match_names
 from conversion.io.row_reader import ExpertReader
@@ -177,7 +177,7 @@ def _check_saved_modules(
 ) -> None:
     """ValueError where adapter_config.json names a module as saved whole whose tensors are not there."""
     for module in config.modules_to_save:
-        names = [name for name in parameters if is_named(name.rpartition(".")[0], module)]
+        names = [name for name in parameters if config.names(module, name.rpartition(".")[0])]
         missing = [name for name in names if name not in patches or patches[name].tensors.whole is None]
         if missing:
             raise ValueError(
