@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from conversion.io import markdown
 from conversion.io.model_files import CARD_FILE, EXPERT_FOLDER, REPORT_FILE, read_config_file
 
 logger = logging.getLogger(__name__)
@@ -224,13 +225,21 @@ def _source_table(report: Mapping[str, Any], cards: list[SourceCard]) -> str:
     for record in report["experts"]:
         name = record["name"]
         rows.append((f"`{name}`", record, weights[name], _share(report["relative_errors"][name])))
-    lines = [
-        f"| {name} | {_link(record)} | {record.get('revision', '-')} | {card.license_text} "
-        f"| {', '.join(card.languages) or NOT_STATED} | {weight} | {error} |"
-        for (name, record, weight, error), card in zip(rows, cards, strict=True)
-    ]
-    head = "| expert | model | revision | licence | languages | weight | relative error |"
-    return "\n".join([head, "|---|---|---|---|---|---|---|", *lines])
+    return markdown.table(
+        ["expert", "model", "revision", "licence", "languages", "weight", "relative error"],
+        [
+            [
+                name,
+                _link(record),
+                record.get("revision") or "-",
+                card.license_text,
+                ", ".join(card.languages) or NOT_STATED,
+                weight,
+                error,
+            ]
+            for (name, record, weight, error), card in zip(rows, cards, strict=True)
+        ],
+    )
 
 
 def _additions(records: Sequence[Mapping[str, Any]]) -> str:
@@ -238,29 +247,27 @@ def _additions(records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
         return ""
     latest = {record["name"]: record for record in records}
-    lines = [
-        f"| `{name}`{' (exchanged)' if record['replaces'] else ''} | {record['new_rows']:,} "
-        f"| {record['reused_rows']:,} | {record['tolerance']:g} |"
+    rows = [
+        [
+            f"`{name}`{' (exchanged)' if record['replaces'] else ''}",
+            f"{record['new_rows']:,}",
+            f"{record['reused_rows']:,}",
+            f"{record['tolerance']:g}",
+        ]
         for name, record in latest.items()
     ]
-    return "\n".join(
-        [
-            "",
-            "These experts came after the conversion of this recipe; all others are bit for bit as it left them:",
-            "",
-            "| expert | rows of its own | rows that were there | tolerance |",
-            "|---|---|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    return f"""
+These experts came after the conversion of this recipe; all others are bit for bit as it left them:
+
+{markdown.table(["expert", "rows of its own", "rows that were there", "tolerance"], rows)}
+"""
 
 
 def _size_table(report: Mapping[str, Any]) -> str:
     """Parameters and bytes of the merged model beside those of its experts."""
     parameters, width = report["parameters"], getattr(torch, report["dtype"]).itemsize
-    lines = [
-        f"| {name} | {parameters[key]:,} | {parameters[key] * width / 1e6:,.1f} MB |"
+    rows = [
+        [name, f"{parameters[key]:,}", f"{parameters[key] * width / 1e6:,.1f} MB"]
         for name, key in (
             ("this model", "stored"),
             ("its experts as separate models", "experts"),
@@ -270,8 +277,8 @@ def _size_table(report: Mapping[str, Any]) -> str:
     ]
     if "indices" in parameters:
         index_bytes = BYTES_PER_INDEX * parameters["indices"]
-        lines.append(f"| channel indices of this model | | {index_bytes / 1e6:,.1f} MB |")
-    return "\n".join([f"| | parameters | in {report['dtype']} |", "|---|---|---|", *lines])
+        rows.append(["channel indices of this model", "", f"{index_bytes / 1e6:,.1f} MB"])
+    return markdown.table(["", "parameters", f"in {report['dtype']}"], rows)
 
 
 def _owner_table(report: Mapping[str, Any]) -> str:
@@ -281,8 +288,8 @@ def _owner_table(report: Mapping[str, Any]) -> str:
         for names, count in module["owners"].items():
             owners[names.count("+") + 1] = owners.get(names.count("+") + 1, 0) + count
     total = sum(owners.values())
-    lines = [f"| {size} | {count:,} | {count / total:.1%} |" for size, count in sorted(owners.items())]
-    return "\n".join(["| owners of a row | rows | share |", "|---|---|---|", *lines])
+    rows = [[str(size), f"{count:,}", f"{count / total:.1%}"] for size, count in sorted(owners.items())]
+    return markdown.table(["owners of a row", "rows", "share"], rows)
 
 
 def _license_note(metadata: ModelCardData) -> str:
@@ -338,16 +345,18 @@ def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
         same = f"{encoding['same']} of {encoding['samples']}" if encoding else "no tokenizer"
         ends = ", ".join(map(str, expert["eos_token_ids"])) or "-"
         only, lacks = expert["channels_that_only_it_has"], expert["channels_that_it_lacks"]
-        rows.append(f"| `{name}` | {expert['size']:,} | {only:,} | {lacks:,} | {same} | {ends} |")
+        rows.append([f"`{name}`", f"{expert['size']:,}", f"{only:,}", f"{lacks:,}", same, ends])
+    head = [
+        *("expert", "own vocabulary", "only it has", "it lacks"),
+        *("sample texts encoded as its own tokenizer did", "ends at"),
+    ]
     return f"""\
 The vocabulary has {vocabulary["size"]:,} tokens (`tokenizer_source: {vocabulary["source"]}`; the base has
 {vocabulary["base_size"]:,}). `tokenizer.apply_chat_template(messages, chat_template="NAME")` takes the chat template
 of an expert by its name, where anyone has one. The logits of a token that an expert does not have are -inf; in a
 prompt such a token is the mean of the base's. Each answer ends at the tokens that end its own expert's answers.
 
-| expert | own vocabulary | only it has | it lacks | sample texts encoded as its own tokenizer did | ends at |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
+{markdown.table(head, rows)}
 {"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}
 An expert's own tokenizer, where all of its tokens are here, is `subfolder="{EXPERT_FOLDER}/NAME"`; the merged ids
 of its tokens are in `config.expert_vocabularies`. `channel-merge generate` uses it."""

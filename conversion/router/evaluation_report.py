@@ -7,6 +7,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from conversion.io import markdown
 from conversion.router.metrics import MIN_CALIBRATION_QUERIES
 
 MAX_SOURCES = 20  # in a table for readers; the JSON has all
@@ -135,18 +136,11 @@ def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
         f"The router was trained on {metrics['training']['queries']:,} queries. It sends {metrics['accuracy']:.1%} of "
         f"{metrics['queries']:,} evaluation queries to the right expert (mean of the experts' recalls "
         f"{metrics['macro_accuracy']:.1%}).",
-        markdown_table(*confusion_rows(metrics)),
+        markdown.table(*confusion_rows(metrics)),
         *([f"![Queries by right and picked expert]({PLOT_FILE})"] if has_plot else []),
-        markdown_table(*source_rows(metrics)),
+        markdown.table(*source_rows(metrics)),
         f"Its logits are divided by a temperature of {calibration['temperature']:.3g}, which was fitted to the "
         f"evaluation queries. {error} {threshold}",
-        markdown_table(*threshold_rows(metrics)),
+        markdown.table(*threshold_rows(metrics)),
     ]
     return "\n\n".join(parts)
-
-
-def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        f"| {' | '.join(' '.join(cell.split()).replace('|', '&#124;') for cell in line)} |" for line in lines
-    )

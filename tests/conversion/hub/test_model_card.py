@@ -134,3 +134,10 @@ def test_norwegian_is_a_language(tmp_path):
     (tmp_path / "README.md").write_text("---\nlanguage:\n- no\n- en\nlicense:\n- mit\n- bsd\n---\n")
     card = read_card("math", tmp_path)
     assert card.languages == ("no", "en") and card.license_text == "mit and bsd"
+
+
+def test_a_licence_does_not_break_the_table(card_of):
+    """What others wrote stays in its cell."""
+    card = card_of(None, {"license": "other", "license_name": "mine | yours\nand theirs"}, None)
+    (line,) = [line for line in card.text.splitlines() if line.startswith("| `e0` | `")]
+    assert line.split(" | ")[3] == "mine &#124; yours and theirs" and line.count("|") == 8
