@@ -17,10 +17,12 @@ from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.io.model_files import CARD_FILE
+from conversion.io.wording import one_line
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP
 
 logger = logging.getLogger(__name__)
 
+MAX_REFUSAL = 1000  # characters: the Hub's advice stands at the end
 GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own: which files are large
 IGNORED_FILES = ["*.py[co]", "**/__pycache__/**", ".*", "**/.*"]
 
@@ -49,7 +51,7 @@ def push_checkpoint(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository: {_one_line(error)}") from None
+        raise ValueError(f"{repo_id!r} is no name of a repository: {one_line(error)}") from None
     check_checkpoint(folder)
     api = HfApi()
     try:
@@ -61,7 +63,7 @@ def push_checkpoint(
             commit_message=message or "Upload a channel-merged model",
         )
     except HfHubHTTPError as error:
-        raise ValueError(f"the Hub refused {repo_id}: {_one_line(error)}") from None
+        raise ValueError(f"the Hub refused {repo_id}: {one_line(error, MAX_REFUSAL)}") from None
     return Pushed(str(url), commit.oid)
 
 
@@ -93,8 +95,4 @@ def check_checkpoint(folder: Path) -> None:
     try:
         ModelCard.load(card, ignore_metadata_errors=False)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"the metadata of {card} cannot be read: {_one_line(error)}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise ValueError(f"the metadata of {card} cannot be read: {one_line(error)}") from None

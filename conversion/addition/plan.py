@@ -19,8 +19,9 @@ from conversion.io.model_files import check_file_name, same_file
 from conversion.io.row_reader import ExpertReader
 from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.weight_files import ADAPTER_FORMATS, read_headers
+from conversion.io.wording import first_names
 from conversion.merging.recipe import EXPERT_NAME
-from conversion.vocabulary.merged_vocabulary import MergedVocabulary, inverse, merge_vocabularies, some
+from conversion.vocabulary.merged_vocabulary import MergedVocabulary, inverse, merge_vocabularies
 from conversion.vocabulary.own_vocabulary import OwnVocabulary, named_templates, read_vocabulary
 from conversion.vocabulary.union_tokenizer import PIECE_MARK
 from conversion.vocabulary.vocabulary_reader import VocabularyReader
@@ -281,7 +282,7 @@ class NewReaders:
         if tokens and recipe.get("tokenizer_source") == "union":
             raise ValueError(
                 f"{self._name}: the merged vocabulary (tokenizer_source: union) lacks {len(tokens)} of its tokens, "
-                f"{some(tokens, 5)}: an expert with tokens of its own needs a new conversion"
+                f"{first_names(tokens, 5, repr)}: an expert with tokens of its own needs a new conversion"
             )
 
 

@@ -10,6 +10,7 @@ from conversion.checkpoints.tensor_names import by_parameter_name, match_names
 from conversion.io.row_reader import ExpertReader
 from conversion.io.sources import Source
 from conversion.io.weight_files import FLOAT_DTYPES, StoredTensor, read_headers
+from conversion.io.wording import first_names
 from modeling_channel_merged.channel_merged_layers import ModuleMap, find_modules
 
 
@@ -72,10 +73,11 @@ def make_reader(
     found, missing, extra = match_names(stored, shapes, inner.base_model_prefix, ignored)
     missing = [name for name in missing if name not in heads]
     if missing:
-        raise ValueError(f"{source.name}: {source.model} has no tensor {_first(missing)}")
+        raise ValueError(f"{source.name}: {source.model} has no tensor {first_names(missing, 1)}")
     if extra:
         raise ValueError(
-            f"{source.name}: {source.model} has a tensor that {type(inner).__name__} does not have: {_first(extra)}"
+            f"{source.name}: {source.model} has a tensor that {type(inner).__name__} does not have: "
+            f"{first_names(extra, 1)}"
         )
     tensors = {name: stored[key] for name, key in found.items()}
     for name, tensor in tensors.items():
@@ -92,8 +94,3 @@ def _check_tensor(source: Source, name: str, tensor: StoredTensor, shape: tuple[
         )
     if tensor.shape != shape:
         raise ValueError(f"{source.name}: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-
-
-def _first(names: list[str]) -> str:
-    """The first of several names, and how many more there are."""
-    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")

@@ -27,6 +27,7 @@ from conversion.checkpoints.tensor_names import match_names
 from conversion.io.row_reader import ExpertReader
 from conversion.io.sources import ADAPTER_CONFIG, Source
 from conversion.io.weight_files import StoredTensor
+from conversion.io.wording import first_names
 from modeling_channel_merged.channel_merged_layers import ModuleMap
 
 
@@ -147,9 +148,9 @@ def adapter_reader(
     found, _, extra = match_names(by_parameter, {*base_reader.tensors, *heads}, inner.base_model_prefix)
     if extra:
         keys = sorted(key for name in extra for key in by_parameter[name].present().values())
-        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
         raise ValueError(
-            f"{source.name}: {source.model} has a tensor that fits nothing in {type(inner).__name__}: {keys[0]}{more}"
+            f"{source.name}: {source.model} has a tensor that fits nothing in {type(inner).__name__}: "
+            f"{first_names(keys, 1)}"
         )
     patches = {}
     for name, stored in found.items():

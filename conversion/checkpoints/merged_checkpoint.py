@@ -14,6 +14,7 @@ from conversion.io.model_files import check_file_name, drop_code_references
 from conversion.io.row_reader import ExpertReader
 from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.weight_files import FLOAT_DTYPES, read_headers
+from conversion.io.wording import first_names
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP, FORMAT_VERSION, ChannelMergedConfig
 from modeling_channel_merged.expert_router import ExpertRouter
 from modeling_channel_merged.stored_tensors import check_index_values, may_miss_tokens
@@ -153,9 +154,11 @@ class MergedCheckpoint:
             if f"model.{path}.channel_index" not in self.tensors:
                 raise ValueError(f"{self.folder}: {path} has no channel_index; the checkpoint is damaged")
         if missing := sorted(expected - self.tensors.keys()):
-            raise ValueError(f"{self.folder} lacks {_some(missing)}; the checkpoint is damaged")
+            raise ValueError(f"{self.folder} lacks {first_names(missing, 3)}; the checkpoint is damaged")
         if unknown := sorted(self.tensors.keys() - expected):
-            raise ValueError(f"{self.folder} holds tensors that its config.json does not explain: {_some(unknown)}")
+            raise ValueError(
+                f"{self.folder} holds tensors that its config.json does not explain: {first_names(unknown, 3)}"
+            )
 
     def _check_rows(self, path: str) -> None:
         module = self.modules.channel[path]
@@ -192,13 +195,6 @@ class MergedCheckpoint:
                 f"{self.folder}: {name} is {stored.dtype_name} {list(stored.shape)}, expected "
                 f"{' or '.join(dtypes)} {list(shape)} by config.json"
             )
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    """The first names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def stored_name(path: str, parameter: str) -> str:

@@ -13,12 +13,14 @@ from huggingface_hub.repocard import metadata_load
 
 from conversion.io import markdown
 from conversion.io.model_files import CARD_FILE, EXPERT_FOLDER, REPORT_FILE, read_config_file
+from conversion.io.wording import first_names, one_line
 
 logger = logging.getLogger(__name__)
 
 NOT_STATED = "not stated"
 SEVERAL_LICENSES = "several"
 BYTES_PER_INDEX = 4
+MAX_NAMES = 20
 UNKNOWN_ROUTER = """\
 ## Router
 
@@ -65,7 +67,7 @@ def read_card(name: str, folder: Path) -> SourceCard:
     try:
         metadata = metadata_load(file) or {}
     except (ValueError, yaml.YAMLError) as error:
-        logger.warning("%s: the metadata of %s cannot be read: %s", name, file, " ".join(str(error).split()))
+        logger.warning("%s: the metadata of %s cannot be read: %s", name, file, one_line(error))
         return SourceCard()
     licenses = [str(value) for value in _listed(metadata.get("license"))]
     return SourceCard(
@@ -383,6 +385,5 @@ def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:
     return "".join(f"\n- `{name}`: {note}" for note in notes) + ("\n" if notes else "")
 
 
-def _codes(names: list[str], limit: int = 20) -> str:
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(f"`{name}`" for name in names[:limit]) + more
+def _codes(names: list[str]) -> str:
+    return first_names(names, MAX_NAMES, "`{}`".format)

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 import yaml
 
+from conversion.io.wording import one_line
+
 MAX_TEXT_BYTES = 64 << 20
 MAX_DEPTH = 50
 # Config fields by their names, and the most they may be: far beyond any model, far below what would take for ever.
@@ -24,10 +26,6 @@ MAX_COUNTS = (
     (re.compile("vocab"), 1 << 22),
 )
 SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from conversion.io.foreign_files import check_ordinary, one_line
+from conversion.io.foreign_files import check_ordinary
 from conversion.io.journal import file_hash
 from conversion.io.model_files import EXPERT_FILES, TOKENIZER_PATTERNS
 from conversion.io.weight_files import ADAPTER_FORMATS, MODEL_FORMATS, WeightFormat, weight_files
+from conversion.io.wording import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from conversion.io.journal import JOURNAL_FOLDER, Journal, differences, read_fingerprint
+from conversion.io.wording import first_names
 
 logger = logging.getLogger(__name__)
 
@@ -229,9 +230,8 @@ def check_target(target: Path, overwrite: bool = False) -> None:
     files = sorted(file.as_posix() for file in _files(target))
     others = [file for file in files if file not in written and not file.startswith(hidden)]
     if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
-            f"the output folder {target} holds {others[0]}{more}, which no run has written there: it is not "
+            f"the output folder {target} holds {first_names(others, 1)}, which no run has written there: it is not "
             "overwritten; choose another, or move that away"
         )
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from conversion.io.foreign_files import check_ordinary, parse_json, read_json
+from conversion.io.wording import one_line
 from modeling_channel_merged.stored_tensors import check_shard_names
 
 
@@ -192,7 +193,7 @@ def _load_without_data(file: Path) -> dict:
             raise ValueError(
                 f"{file} holds more than tensors ({unsafe[0]}) and is refused: loading it could run code"
             ) from None
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"{file} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected a mapping of names to tensors")
     return content

@@ -30,10 +30,13 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from conversion.io.model_files import same_file
+from conversion.io.wording import first_names
 from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, OwnVocabulary, named_templates
 from conversion.vocabulary.union_tokenizer import PIECE_MARK, SAMPLES, extended_tokenizer, sample_texts
 
 logger = logging.getLogger(__name__)
+
+MAX_NAMES = 20  # in a warning
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def _warn(vocabulary: MergedVocabulary, expert: int) -> None:
             "expert %r has %d tokens that the base does not have, their rows are dropped (tokenizer_source: base): %s",
             own.name,
             len(tokens),
-            some(tokens),
+            first_names(tokens, MAX_NAMES, repr),
         )
     if padding:
         logger.warning("expert %r has %d padding rows beyond the base's, they are dropped", own.name, padding)
@@ -322,14 +325,14 @@ def _warn(vocabulary: MergedVocabulary, expert: int) -> None:
             "expert %r has %d tokens that the base's tokenizer calls otherwise, their rows are kept: %s",
             own.name,
             len(renamed),
-            some(renamed),
+            first_names(renamed, MAX_NAMES, repr),
         )
     if own.rowless_tokens:
         logger.warning(
             "expert %r has a tokenizer of more tokens than its embedding has rows (%d), left out are: %s",
             own.name,
             own.size,
-            some(own.rowless_tokens),
+            first_names(own.rowless_tokens, MAX_NAMES, repr),
         )
     if not vocabulary._mapped(vocabulary.channels[expert], own.eos_token_ids) and own.eos_token_ids:
         logger.warning("expert %r loses its end-of-sequence token: its answers end at the base's", own.name)
@@ -358,9 +361,3 @@ def channel_runs(channels: torch.LongTensor) -> list[list[int]]:
     """Channels of own ids 0, 1, ... as runs of consecutive channels: [first channel, length]."""
     edges = [0, *((channels.diff() != 1).nonzero()[:, 0] + 1).tolist(), len(channels)]
     return [[int(channels[a]), b - a] for a, b in pairwise(edges) if b > a]
-
-
-def some(names: list[str], limit: int = 20) -> str:
-    """The first names, quoted, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(repr, names[:limit])) + more

@@ -12,7 +12,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from conversion.io.foreign_files import check_token_ids, foreign, one_line, read_json
+from conversion.io.foreign_files import check_token_ids, foreign, read_json
 from conversion.io.model_files import (
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
@@ -21,6 +21,7 @@ from conversion.io.model_files import (
     drop_code_references,
     read_config_file,
 )
+from conversion.io.wording import one_line
 
 logger = logging.getLogger(__name__)
 
