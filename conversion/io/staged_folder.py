@@ -359,19 +359,16 @@ def _sync(path: Path) -> None:
 
 def check_disk_space(out: Path, max_bytes: int, fingerprint: Mapping[str, Any]) -> None:
     """ValueError where the output of a run of this fingerprint might not fit."""
-    folder = out.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free + leftover_bytes(out, fingerprint)
+    free = free_bytes(out, fingerprint)
     if max_bytes > free:
         raise ValueError(
             f"{out} needs up to {max_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free there: free some space"
         )
 
 
-def free_bytes(out: Path) -> int:
-    """Room for the output where it would go, what stopped runs left there counted as free."""
+def free_bytes(out: Path, fingerprint: Mapping[str, Any] | None = None) -> int:
+    """Room for the output where it would go; what stopped runs left there counts as `leftover_bytes` says."""
     folder = out.resolve()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free + leftover_bytes(out)
+    return shutil.disk_usage(folder).free + leftover_bytes(out, fingerprint)

@@ -6,11 +6,19 @@ import os
 import shutil
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from conversion.io import staged_folder
-from conversion.io.staged_folder import FILE_LIST, StagedFolder, check_target, leftover_bytes
+from conversion.io.staged_folder import (
+    FILE_LIST,
+    StagedFolder,
+    check_disk_space,
+    check_target,
+    free_bytes,
+    leftover_bytes,
+)
 
 
 def visible(folder):
@@ -146,6 +154,19 @@ def test_what_a_stopped_run_left_counts_as_free(tmp_path):
     assert 50_000 <= leftover_bytes(tmp_path / "model") == leftover_bytes(tmp_path / "model", ONE) < 60_000
     assert leftover_bytes(tmp_path / "model", TWO) == 0
     assert leftover_bytes(tmp_path / "other") == 0
+
+
+def test_room_is_that_of_the_first_folder_that_is_there(tmp_path, monkeypatch):
+    """What a run of the same fingerprint would use counts as free, what another one finished does not."""
+    interrupt(tmp_path / "model", ONE)
+    (left,) = tmp_path.iterdir()
+    (left / "written").write_bytes(bytes(50_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000 if folder == tmp_path else -1))
+    assert free_bytes(tmp_path / "new" / "model") == free_bytes(tmp_path / "model", TWO) == 1000
+    assert 51_000 <= free_bytes(tmp_path / "model") == free_bytes(tmp_path / "model", ONE) < 61_000
+    check_disk_space(tmp_path / "model", 51_000, ONE)
+    with pytest.raises(ValueError, match="model needs up to 0.00 GB, but 0.00 GB are free there"):
+        check_disk_space(tmp_path / "model", 51_000, TWO)
 
 
 def test_a_model_moved_aside_by_a_killed_run_comes_back(tmp_path):
