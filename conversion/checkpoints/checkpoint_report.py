@@ -19,6 +19,7 @@ from conversion.channels.row_layout import owner_names
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.io.foreign_files import read_json
 from conversion.io.model_files import REPORT_FILE
+from conversion.io.weight_files import dtype_text
 
 PER_EXPERT_KIND = "kept per expert"
 
@@ -112,7 +113,7 @@ def inspect_checkpoint(checkpoint: str | Path) -> CheckpointReport:
         return CheckpointReport(
             checkpoint=str(checkpoint),
             architecture=type(merged.base_model).__name__,
-            dtype=str(config.dtype).removeprefix("torch."),
+            dtype=dtype_text(config.dtype),
             expert_names=tuple(config.expert_names),
             matrices=matrices,
             kinds=kinds,

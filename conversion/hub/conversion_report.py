@@ -8,6 +8,7 @@ import torch
 
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.model_card import read_card
+from conversion.io.weight_files import dtype_text
 from conversion.merging.grouped_module import GroupedModule
 from conversion.merging.plan import Plan
 
@@ -43,7 +44,7 @@ def conversion_report(plan: Plan, grouped: Mapping[str, GroupedModule]) -> dict[
         "experts": [expert.record() for expert in plan.experts],
         "method": plan.recipe.merge_method,
         "seed": plan.recipe.seed,
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": dtype_text(plan.dtype),
         "versions": package_versions(),
         "cards": {
             "base": read_card(plan.base.name, plan.base.folder).record(),

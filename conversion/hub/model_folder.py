@@ -21,6 +21,7 @@ from conversion.io.model_files import (
     read_config_file,
     write_json,
 )
+from conversion.io.weight_files import dtype_text
 from conversion.merging.plan import Plan
 from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -50,7 +51,7 @@ def write_hub_files(folder: Path, plan: Plan, rows: Mapping[str, int], report: M
 def merged_config(plan: Plan, rows: Mapping[str, int], report: Mapping[str, Any]) -> ChannelMergedConfig:
     """The merged model's config."""
     text_config = plan.text_config.to_dict()
-    text_config["dtype"] = str(plan.dtype).removeprefix("torch.")
+    text_config["dtype"] = dtype_text(plan.dtype)
     text_config.pop("_name_or_path", None)
     return ChannelMergedConfig(
         text_config=text_config,

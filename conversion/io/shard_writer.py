@@ -18,9 +18,7 @@ import torch
 
 from conversion.io.journal import Journal
 from conversion.io.options import parse_size
-from conversion.io.weight_files import MODEL_FORMATS
-
-DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+from conversion.io.weight_files import DTYPE_NAMES, MODEL_FORMATS
 
 SINGLE_FILE, INDEX_FILE = MODEL_FORMATS[0].single, MODEL_FORMATS[0].index
 HEADER_SIZE_BYTES = 8  # at the beginning of a safetensors file, its header's length

@@ -41,6 +41,11 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000  # as safetensors itself reads
 
 
+def dtype_text(dtype: torch.dtype) -> str:
+    """What configs, recipes and reports call a dtype: "bfloat16", for example."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """Where one tensor lies: its file, its place in it, the dtype's safetensors name and the shape.
@@ -160,7 +165,7 @@ def _read_pickled_header(file: Path) -> dict[str, StoredTensor]:
                 "best as safetensors (load it with Transformers and call save_pretrained)"
             )
         begin = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
-        dtype_name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        dtype_name = DTYPE_NAMES.get(tensor.dtype, dtype_text(tensor.dtype))
         tensors[name] = StoredTensor(file, dtype_name, tuple(tensor.shape), begin, tensor.nbytes)
     return tensors
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.options import format_bytes, parse_size
 from conversion.io.staged_folder import check_target, free_bytes
+from conversion.io.weight_files import dtype_text
 from conversion.merging.memory_budget import MAX_THREADS, own_modules, plan_memory
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
@@ -57,7 +58,7 @@ def plan_conversion(
             "rows_at_most": sum(kind["rows_at_most"] for kind in modules_by_kind(plan).values()),
             "bytes_at_most": plan.max_bytes,
             "bytes_free": free_bytes(Path(out)),
-            "dtype": str(plan.dtype).removeprefix("torch."),
+            "dtype": dtype_text(plan.dtype),
         },
         "memory": {
             "budget": memory.max_memory,
