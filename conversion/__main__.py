@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 DEBUG_VARIABLE = "CHANNEL_MERGE_DEBUG"
 MAX_ERROR = 1000  # characters: a file may hold values of any length
@@ -264,27 +265,24 @@ def push(
     typer.echo(f"{pushed.url}  revision {pushed.revision}")
 
 
-@app.command("train-router", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+class TrainRouterCommand(TyperCommand):
+    """Shows the options that are parsed together with those of `transformers.TrainingArguments`."""
+
+    def format_options(self, ctx, formatter):
+        from conversion.router.arguments import option_help
+
+        super().format_options(ctx, formatter)
+        with formatter.section("Training options"):
+            formatter.write_dl(option_help())
+
+
+@app.command(
+    "train-router",
+    cls=TrainRouterCommand,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def train_router(context: typer.Context, checkpoint: Checkpoint):
     """Train the router of a merged checkpoint and save the complete checkpoint again.
-
-    \b
-    Options:
-      --train-data D...        JSONL, JSON, Parquet or CSV files, or Hub datasets, with the columns `text`
-                               (or chat `messages`), `expert` (a name) and maybe `source`   [required]
-      --eval-data E...         the same; default: a tenth of the training data
-      --output-dir OUT         folder of the trained checkpoint   [required]
-      --overwrite              replace a model in the output folder
-      --resume-from-checkpoint true   go on where a stopped run was that had saved checkpoints (--save-strategy steps)
-      --style-queries N        generated queries to add for each expert named instruct, math, code or chinese, at most
-                               three times its own; 0: none [default: 1000]
-      --augment false          train on the queries as they are, without a variant of each `text`
-      --threshold P            probability below which the default expert answers
-      --max-length L           of a longer query the router reads the first and the last half of so many tokens
-      --cache-features false   compute what the router reads in every epoch again: slow, but in little memory
-      --config F.yaml          values of any of these options
-    and every option of transformers.TrainingArguments, such as --num-train-epochs 3, --learning-rate 1e-2 or
-    --per-device-train-batch-size 16.
 
     \b
     Example:

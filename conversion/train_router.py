@@ -42,7 +42,7 @@ from conversion.io.foreign_files import foreign
 from conversion.io.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
 from conversion.io.sources import Source, check_unchanged, without_folder
 from conversion.io.staged_folder import CONFIG_FILE, StagedFolder, check_target
-from conversion.router.arguments import RouterArguments, RouterTrainingArguments, parse_arguments
+from conversion.router.arguments import RouterArguments
 from conversion.router.data import (
     Query,
     RouterCollator,
@@ -56,6 +56,7 @@ from conversion.router.data import (
 from conversion.router.evaluation_report import METRICS_FILE, PLOT_FILE, card_section, plot_confusion
 from conversion.router.features import RouterOnFeatures, cache_features
 from conversion.router.metrics import evaluate_router, router_metrics, useful_temperature
+from conversion.router.training_arguments import RouterTrainingArguments, parse_arguments
 from conversion.vocabulary.prompts import load_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from conversion.io.options import format_bytes
-from conversion.router.arguments import RouterTrainingArguments
 from conversion.router.data import Query, RouterCollator
+from conversion.router.training_arguments import RouterTrainingArguments
 
 logger = logging.getLogger(__name__)
 

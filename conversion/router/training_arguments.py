@@ -1,4 +1,4 @@
-"""The options of train-router: the router's own, and those of `transformers.TrainingArguments`."""
+"""The command line of train-router parsed: the router's own options, and those of `transformers.TrainingArguments`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,48 +8,14 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from conversion.io.foreign_files import read_yaml
-
-
-@dataclass
-class RouterArguments:
-    """Which checkpoint and which data."""
-
-    checkpoint: str = field(metadata={"help": "Channel-merged checkpoint: folder or Hub id."})
-    train_data: list[str] = field(metadata={"help": "Files or Hub datasets with `text` or `messages`, and `expert`."})
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "The same; default: a tenth of the training data, of every expert alike."}
-    )
-    augment: bool = field(
-        default=True, metadata={"help": "Also train on a variant of each `text`, as another source might write it."}
-    )
-    style_queries: int = field(
-        default=1000,
-        metadata={
-            "help": "Most generated queries in other styles to add for each expert named instruct, math, code or "
-            "chinese, never more than three times those of its own; 0: none."
-        },
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "The router reads the first and last half of so many tokens of a longer query (router.max_tokens)."
-        },
-    )
-    threshold: float | None = field(
-        default=None,
-        metadata={"help": "Probability below which the default expert answers (router.threshold)."},
-    )
-    cache_features: bool = field(
-        default=True, metadata={"help": "Compute what the router reads once, and keep it in memory."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace a model in the output folder."})
+from conversion.router.arguments import OUTPUT_HELP, RouterArguments
 
 
 @dataclass
 class RouterTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for a small head on frozen features."""
 
-    output_dir: str = field(metadata={"help": "Folder of the trained checkpoint."})
+    output_dir: str = field(metadata={"help": OUTPUT_HELP})
     learning_rate: float = field(default=1e-2, metadata={"help": "Initial learning rate."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conversion.__main__ import DEBUG_VARIABLE, error_line, main
+from conversion.router.arguments import RouterArguments
 
 COMMANDS = ["convert", "inspect", "export", "add-expert", "generate", "push", "train-router"]
 
@@ -56,16 +58,27 @@ def test_help_has_an_example(run, command):
     assert "Example" in out
 
 
+def test_train_routers_help_has_every_option(run):
+    """One text says what an option does, wherever it is read."""
+    code, out, _ = run("train-router", "--help")
+    text = " ".join(out.split())
+    assert code == 0 and "--output-dir" in text and "--config" in text and "TrainingArguments" in text
+    for option in dataclasses.fields(RouterArguments):
+        assert option.name == "checkpoint" or f" --{option.name.replace('_', '-')} " in text, option.name
+        assert option.name == "checkpoint" or option.metadata["help"] in text, option.name
+
+
 def test_help_lists_every_command(run):
     code, out, _ = run("--help")
     assert code == 0 and all(command in out for command in COMMANDS)
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize("command", ["generate", "train-router"])
+def test_help_imports_nothing_heavy(command):
     """--help must answer at once."""
     code = (
         "import sys\nfrom conversion.__main__ import main\n"
-        "try:\n    main(['generate', '--help'])\nexcept SystemExit:\n    pass\n"
+        f"try:\n    main(['{command}', '--help'])\nexcept SystemExit:\n    pass\n"
         "print({'torch', 'transformers', 'datasets', 'matplotlib', 'safetensors'} & sys.modules.keys())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

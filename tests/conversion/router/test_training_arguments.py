@@ -1,6 +1,6 @@
 import pytest
 
-from conversion.router.arguments import parse_arguments
+from conversion.router.training_arguments import parse_arguments
 
 
 def test_yaml_values_and_overrides(tmp_path):

@@ -1,0 +1,93 @@
+"""The options of train-router that are not those of `transformers.TrainingArguments`. Importing it is quick."""
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import get_args
+
+OUTPUT_HELP = "Folder of the trained checkpoint."
+
+
+@dataclass
+class RouterArguments:
+    """Which checkpoint and which data."""
+
+    checkpoint: str = field(metadata={"help": "Channel-merged checkpoint: folder or Hub id."})
+    train_data: list[str] = field(
+        metadata={
+            "metavar": "DATA",
+            "help": "JSONL, JSON, Parquet or CSV files, or Hub datasets, with the columns `text` (or chat "
+            "`messages`), `expert` (a name) and maybe `source`.",
+        }
+    )
+    eval_data: list[str] | None = field(
+        default=None,
+        metadata={
+            "metavar": "DATA",
+            "help": "The same; default: a tenth of the training data, of every expert alike.",
+        },
+    )
+    augment: bool = field(
+        default=True, metadata={"help": "Also train on a variant of each `text`, as another source might write it."}
+    )
+    style_queries: int = field(
+        default=1000,
+        metadata={
+            "metavar": "N",
+            "help": "Most generated queries in other styles to add for each expert named instruct, math, code or "
+            "chinese, never more than three times those of its own; 0: none.",
+        },
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "metavar": "L",
+            "help": "The router reads the first and last half of so many tokens of a longer query "
+            "(router.max_tokens).",
+        },
+    )
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "metavar": "P",
+            "help": "Probability below which the default expert answers (router.threshold).",
+        },
+    )
+    cache_features: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute what the router reads once, and keep it in memory; else in every epoch again: slow, but "
+            "in little memory."
+        },
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace a model in the output folder."})
+
+
+def option_help() -> list[tuple[str, str]]:
+    """All options of train-router with what they do, for a reader of the command line's help."""
+    return [
+        *(_option_help(option) for option in fields(RouterArguments) if option.name != "checkpoint"),
+        ("--output-dir OUT", f"{OUTPUT_HELP} [required]"),
+        (
+            "--resume-from-checkpoint true",
+            "Go on where a stopped run was that had saved checkpoints (--save-strategy steps).",
+        ),
+        ("--config F.yaml", "Values of any of these options."),
+        (
+            "--learning-rate 1e-2, --num-train-epochs 3, ...",
+            "Every option of transformers.TrainingArguments works, too.",
+        ),
+    ]
+
+
+def _option_help(option: Field) -> tuple[str, str]:
+    name, notes = f"--{option.name.replace('_', '-')}", ""
+    if "metavar" in option.metadata:
+        name += f" {option.metadata['metavar']}"
+    if list[str] in (option.type, *get_args(option.type)):
+        name += "..."
+    if option.default is True:
+        name += " true|false"
+    if option.default is MISSING:
+        notes = " [required]"
+    elif option.default not in (None, False):
+        notes = f" [default: {str(option.default).lower()}]"
+    return name, option.metadata["help"] + notes
