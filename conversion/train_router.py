@@ -53,7 +53,7 @@ from conversion.router.data import (
     with_styles,
     with_variants,
 )
-from conversion.router.evaluation_report import METRICS_FILE, PLOT_FILE, card_section, plot_confusion
+from conversion.router.evaluation_report import METRICS_FILE, PLOT_FILE, card_section, eval_results, plot_confusion
 from conversion.router.features import RouterOnFeatures, cache_features
 from conversion.router.metrics import evaluate_router, router_metrics, useful_temperature
 from conversion.router.training_arguments import RouterTrainingArguments, parse_arguments
@@ -226,7 +226,7 @@ def save_checkpoint(model: PreTrainedModel, folder: Path, out: Path, metrics: di
     except ValueError as error:
         has_plot = False
         logger.info("no picture of the confusion matrix was drawn: %s", error)
-    write_card(out, card_section(metrics, has_plot))
+    write_card(out, card_section(metrics, has_plot), eval_results(metrics))
     return config
 
 

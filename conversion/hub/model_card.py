@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from conversion.io import markdown
@@ -90,12 +90,16 @@ def card_records(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {"base": own, "experts": {record["name"]: own for record in report["experts"]}}
 
 
-def card_metadata(records: list[Mapping[str, Any]], cards: list[SourceCard]) -> ModelCardData:
+def card_metadata(
+    records: list[Mapping[str, Any]], cards: list[SourceCard], title: str, results: Sequence[EvalResult] = ()
+) -> ModelCardData:
     """Metadata for the Hub.
 
     Args:
         records: of the base and of every expert, as the report has them.
         cards: theirs. A licence that they do not all have is not the merged model's.
+        title: what the model is called beside its results.
+        results: of the router's evaluation.
     """
     repositories = list(dict.fromkeys(_repository(record) for record in records if record.get("revision")))
     languages = list(dict.fromkeys(language for card in cards for language in card.languages))
@@ -106,46 +110,55 @@ def card_metadata(records: list[Mapping[str, Any]], cards: list[SourceCard]) -> 
     return ModelCardData(
         base_model=repositories or None,
         base_model_relation="merge" if repositories else None,
+        eval_results=list(results) or None,
         language=languages or None,
         library_name="transformers",
         license=shared.license,
         license_name=shared.license_name,
         license_link=shared.license_link,
+        model_name=title if results else None,
         pipeline_tag="text-generation",
         tags=["merge", "channel-merging"],
     )
 
 
-def write_card(folder: Path, router: str | None = None) -> None:
+def write_card(folder: Path, router: str | None = None, results: Sequence[EvalResult] = ()) -> None:
     """Write the README.md of a checkpoint from its report; without one that can be read, what is there stays.
 
     Args:
         router: the section about the evaluation of its router; None: nothing is known of it.
+        results: the same evaluation for the Hub.
     """
     file = folder / REPORT_FILE
     try:
         report = read_config_file(file)
-        text = model_card(report, card_records(report, folder), router)
+        text = model_card(report, card_records(report, folder), router, results)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is no report of a conversion (%r), so no %s is written", file, error, CARD_FILE)
         return
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def model_card(report: Mapping[str, Any], cards: Mapping[str, Any], router: str | None = None) -> str:
+def model_card(
+    report: Mapping[str, Any],
+    cards: Mapping[str, Any],
+    router: str | None = None,
+    results: Sequence[EvalResult] = (),
+) -> str:
     """The text of README.md, with its metadata.
 
     Args:
         report: the conversion report.
         cards: from `card_records`.
-        router: as `write_card` takes it.
+        router, results: as `write_card` takes them.
     """
     base, experts = report["base_model"], report["experts"]
     cards = [
         SourceCard(**{**card, "languages": tuple(card["languages"])})
         for card in (cards["base"], *(cards["experts"][expert["name"]] for expert in experts))
     ]
-    metadata = card_metadata([base, *experts], cards)
+    title = f"{len(experts)} experts in one model, merged channel by channel"
+    metadata = card_metadata([base, *experts], cards, title, results)
     parameters = report["parameters"]
     share = parameters["stored"] / parameters["experts"]
     return f"""\
@@ -153,7 +166,7 @@ def model_card(report: Mapping[str, Any], cards: Mapping[str, Any], router: str 
 {metadata.to_yaml().strip()}
 ---
 
-# {len(experts)} experts in one model, merged channel by channel
+# {title}
 
 This model holds {len(experts)} fine-tunes ("experts") of {_link(base)} in
 {parameters["stored"]:,} parameters, {share:.1%} of the {parameters["experts"]:,} that they have as separate models.

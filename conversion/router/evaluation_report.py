@@ -1,19 +1,22 @@
-"""The evaluation of a router for readers: tables, a picture, a section of the model card."""
+"""The evaluation of a router for readers: tables, a picture, a section of the model card, results for the Hub."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import EvalResult
 from rich.markup import escape
 from rich.table import Table
 
 from conversion.io import markdown
+from conversion.io.wording import first_names
 from conversion.router.metrics import MIN_CALIBRATION_QUERIES
 
 MAX_SOURCES = 20  # in a table for readers; the JSON has all
 METRICS_FILE = "router_eval.json"
 PLOT_FILE = "router_confusion.png"
 ROUTER_SECTION = "## Router"
+OTHER_DATA = "generator"  # what the Hub calls data that are not one of its datasets
 
 
 def share(value: float | None) -> str:
@@ -144,3 +147,29 @@ def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
         markdown.table(*threshold_rows(metrics)),
     ]
     return "\n\n".join(parts)
+
+
+def eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
+    """The evaluation as the Hub shows it beside a model."""
+    training = metrics["training"]
+    held_out = training["eval_data"] is None
+    data = training["train_data"] if held_out else training["eval_data"]
+    repository, _, split = data[0].partition(":")
+    on_hub = len(data) == 1 and "/" in repository
+    common = {
+        "task_type": "text-classification",
+        "task_name": "Routing: which expert answers a prompt",
+        "dataset_type": repository if on_hub else OTHER_DATA,
+        "dataset_name": first_names(data, MAX_SOURCES) + (", a part held out" if held_out else ""),
+        "dataset_split": (split or "train") if on_hub else None,
+    }
+    measured = {
+        ("accuracy", "Accuracy"): metrics["accuracy"],
+        ("recall", "Macro accuracy (mean of the experts' recalls)"): metrics["macro_accuracy"],
+        ("ece", "Expected calibration error (cross-fitted)"): metrics["calibration"]["ece"],
+    }
+    return [
+        EvalResult(metric_type=metric, metric_name=name, metric_value=value, **common)
+        for (metric, name), value in measured.items()
+        if value is not None
+    ]

@@ -494,11 +494,12 @@ def test_the_card_speaks_of_the_new_model_only(merged, tmp_path, replace, write_
     )
     before, _ = card_facts(tmp_path / "routed")
     assert "evaluation queries to the right expert" in before and "](router_confusion.png)" in before
+    assert "model-index:" in before
     name = "e1" if replace else "medical"
     added = add_expert(tmp_path / "routed", experts[2], tmp_path / "out", name, replace=replace, progress=False)
     card, table = card_facts(tmp_path / "out")
     assert card.count("## Router") == 1 and "No evaluation of this model's router is known" in card
-    for text in ("evaluation queries", "router_confusion", "router_eval", str(tmp_path)):
+    for text in ("evaluation queries", "router_confusion", "router_eval", "model-index", str(tmp_path)):
         assert text not in card, text
     for file in ("router_eval.json", "router_confusion.png"):
         assert (tmp_path / "routed" / file).exists() and not (tmp_path / "out" / file).exists()

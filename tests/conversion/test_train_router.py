@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -94,6 +95,9 @@ def test_the_card_is_of_the_last_training(train, tmp_path):
     train("--max-steps", "1", "--learning-rate", "1e-9")
     assert (tmp_path / "routed" / "README.md").read_text().count("## Router") == 1
     metrics = train("--checkpoint", str(tmp_path / "routed"), out="again")
+    results = ModelCard.load(tmp_path / "again" / "README.md", ignore_metadata_errors=False).data.eval_results
+    assert [result.metric_value for result in results] == [metrics["accuracy"], metrics["macro_accuracy"]]
+    assert {(result.dataset_name, result.dataset_type) for result in results} == {("eval.jsonl", "generator")}
     card = (tmp_path / "again" / "README.md").read_text()
     assert card.count("## Router") == 1 and "No evaluation of this model's router is known" not in card
     assert metrics["accuracy"] == 1.0 and "100.0% of 30 evaluation queries" in card

@@ -5,9 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
+from huggingface_hub import ModelCardData
 from rich.console import Console
 
-from conversion.router.evaluation_report import card_section, evaluation_tables, plot_confusion, summary
+from conversion.router.evaluation_report import card_section, eval_results, evaluation_tables, plot_confusion, summary
 from conversion.router.metrics import CALIBRATION_FOLDS, MIN_CALIBRATION_QUERIES, NUM_BINS
 
 from .conftest import calibrated, metrics_of
@@ -58,6 +60,34 @@ def test_the_cards_section():
         "router['threshold']",
     ):
         assert line in section, line
+
+
+@pytest.mark.parametrize(
+    ("train_data", "eval_data", "dataset"),
+    [
+        (["train.jsonl"], ["user/queries:test"], ("user/queries", "user/queries:test", "test")),
+        (["user/queries"], None, ("user/queries", "user/queries, a part held out", "train")),
+        (["train.jsonl"], ["user/queries", "eval.jsonl"], ("generator", "user/queries, eval.jsonl", None)),
+        (["a.csv", "b.csv"], None, ("generator", "a.csv, b.csv, a part held out", None)),
+    ],
+)
+def test_results_for_the_hub(train_data, eval_data, dataset):
+    """They are what the Hub's own classes read back, and few queries have no calibration error there."""
+    logits, labels = np.eye(3)[[0, 0, 1]], np.array([0, 1, 1])
+    metrics = metrics_of(np.tile(logits, (30, 1)), np.tile(labels, 30)) | {
+        "training": {"train_data": train_data, "eval_data": eval_data}
+    }
+    data = ModelCardData(model_name="routed", eval_results=eval_results(metrics))
+    results = ModelCardData(**yaml.safe_load(data.to_yaml())).eval_results
+    assert {result.metric_type: result.metric_value for result in results} == {
+        "accuracy": metrics["accuracy"],
+        "recall": metrics["macro_accuracy"],
+        "ece": metrics["calibration"]["ece"],
+    }
+    for result in results:
+        assert (result.dataset_type, result.dataset_name, result.dataset_split) == dataset
+    metrics["calibration"] = metrics_of(logits, labels)["calibration"]
+    assert {result.metric_type for result in eval_results(metrics)} == {"accuracy", "recall"}
 
 
 def test_picture(tmp_path, monkeypatch):
