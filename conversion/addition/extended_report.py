@@ -9,7 +9,8 @@ from conversion.addition.module_addition import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.channels.delta_errors import norm, relative_error
 from conversion.channels.row_layout import owner_names
-from conversion.hub.model_card import card_records, read_card
+from conversion.hub.model_card import card_records
+from conversion.hub.source_card import read_card
 from modeling_channel_merged import ChannelMergedConfig
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
-from conversion.hub.model_card import read_card
+from conversion.hub.source_card import read_card
 from conversion.io.weight_files import dtype_text
 from conversion.merging.grouped_module import GroupedModule
 from conversion.merging.plan import Plan

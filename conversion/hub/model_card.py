@@ -2,25 +2,22 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.repocard import metadata_load
 
+from conversion.hub.source_card import NOT_STATED, SourceCard, read_card
+from conversion.hub.vocabulary_section import vocabulary_section
 from conversion.io import markdown
-from conversion.io.model_files import CARD_FILE, EXPERT_FOLDER, REPORT_FILE, read_config_file
-from conversion.io.wording import first_names, one_line
+from conversion.io.model_files import CARD_FILE, REPORT_FILE, read_config_file
 
 logger = logging.getLogger(__name__)
 
-NOT_STATED = "not stated"
 SEVERAL_LICENSES = "several"
 BYTES_PER_INDEX = 4
-MAX_NAMES = 20
 UNKNOWN_ROUTER = """\
 ## Router
 
@@ -37,46 +34,6 @@ CITATION = """\
   archivePrefix = {arXiv},
   note          = {AAAI 2025},
 }"""
-
-
-@dataclass(frozen=True)
-class SourceCard:
-    """What the model card of the base or of an expert says of its licence and its languages."""
-
-    license: str | None = None
-    license_name: str | None = None  # of a licence that the Hub only knows as "other"
-    license_link: str | None = None
-    languages: tuple[str, ...] = ()
-
-    @property
-    def license_text(self) -> str:
-        """The licence for a reader, with its link if it has one."""
-        name = self.license_name or self.license or NOT_STATED
-        is_address = (self.license_link or "").startswith(("https://", "http://"))
-        return f"[{name}]({self.license_link})" if is_address else name
-
-    def record(self) -> dict[str, Any]:
-        return {**asdict(self), "languages": list(self.languages)}
-
-
-def read_card(name: str, folder: Path) -> SourceCard:
-    """Licence and languages from the README.md of a checkpoint; nothing where there is none that can be read."""
-    file = folder / CARD_FILE
-    if not file.is_file():
-        return SourceCard()
-    try:
-        metadata = metadata_load(file) or {}
-    except (ValueError, yaml.YAMLError) as error:
-        logger.warning("%s: the metadata of %s cannot be read: %s", name, file, one_line(error))
-        return SourceCard()
-    licenses = [str(value) for value in _listed(metadata.get("license"))]
-    return SourceCard(
-        license=" and ".join(licenses) or None,
-        license_name=_text(metadata.get("license_name")),
-        license_link=_text(metadata.get("license_link")),
-        # Unquoted, the code of Norwegian is YAML's word for false.
-        languages=tuple("no" if value is False else str(value) for value in _listed(metadata.get("language"))),
-    )
 
 
 def card_records(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -339,64 +296,3 @@ def _without_folder(model: str) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
-def _listed(value: Any) -> list[Any]:
-    """A value of the metadata that may be one or several."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
-    """What the model card says of the vocabulary: whether each expert reads and writes as it did alone."""
-    rows = []
-    for name, expert in vocabulary["experts"].items():
-        encoding = expert["encoding"]
-        same = f"{encoding['same']} of {encoding['samples']}" if encoding else "no tokenizer"
-        ends = ", ".join(map(str, expert["eos_token_ids"])) or "-"
-        only, lacks = expert["channels_that_only_it_has"], expert["channels_that_it_lacks"]
-        rows.append([f"`{name}`", f"{expert['size']:,}", f"{only:,}", f"{lacks:,}", same, ends])
-    head = [
-        *("expert", "own vocabulary", "only it has", "it lacks"),
-        *("sample texts encoded as its own tokenizer did", "ends at"),
-    ]
-    return f"""\
-The vocabulary has {vocabulary["size"]:,} tokens (`tokenizer_source: {vocabulary["source"]}`; the base has
-{vocabulary["base_size"]:,}). `tokenizer.apply_chat_template(messages, chat_template="NAME")` takes the chat template
-of an expert by its name, where anyone has one. The logits of a token that an expert does not have are -inf; in a
-prompt such a token is the mean of the base's. Each answer ends at the tokens that end its own expert's answers.
-
-{markdown.table(head, rows)}
-{"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}
-An expert's own tokenizer, where all of its tokens are here, is `subfolder="{EXPERT_FOLDER}/NAME"`; the merged ids
-of its tokens are in `config.expert_vocabularies`. `channel-merge generate` uses it."""
-
-
-def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:
-    """What does not hold for one expert, one line each."""
-    encoding = expert["encoding"] or {}
-    notes = []
-    if expert["dropped_tokens"]:
-        notes.append(f"these tokens were dropped: {_codes(expert['dropped_tokens'])}")
-    if expert["dropped_padding_rows"]:
-        notes.append(f"{expert['dropped_padding_rows']:,} padding rows of its embedding were dropped")
-    if expert["renamed_tokens"]:
-        notes.append(f"the tokenizer calls these of its tokens otherwise: {_codes(expert['renamed_tokens'])}")
-    if expert["tokens_without_row"]:
-        notes.append(f"its embedding had no row for these of its tokens: {_codes(expert['tokens_without_row'])}")
-    if encoding.get("foreign_tokens"):
-        notes.append(f"a prompt for it should not hold the others' tokens {_codes(encoding['foreign_tokens'])}")
-    if encoding.get("first_difference"):
-        notes.append(f"the tokenizer segments otherwise, for example `{encoding['first_difference']['text']!r}`")
-    if not encoding.get("same_with_special_tokens", True):
-        notes.append("its own tokenizer puts other special tokens around a text, or segments it otherwise")
-    return "".join(f"\n- `{name}`: {note}" for note in notes) + ("\n" if notes else "")
-
-
-def _codes(names: list[str]) -> str:
-    return first_names(names, MAX_NAMES, "`{}`".format)

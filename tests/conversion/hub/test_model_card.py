@@ -1,4 +1,3 @@
-import logging
 from dataclasses import replace
 
 import pytest
@@ -6,7 +5,6 @@ import yaml
 from huggingface_hub import ModelCard
 
 from conversion.convert import convert
-from conversion.hub.model_card import read_card
 from conversion.io.sources import Source, input_files
 from conversion.merging import plan as plan_module
 from conversion.merging.recipe import parse_recipe
@@ -117,23 +115,6 @@ def test_the_body_comes_from_the_run(card_of, tmp_path):
     (line,) = [line for line in card.text.splitlines() if line.startswith("| `e1` | `")]
     share = float(line.split("|")[-2].strip().removesuffix("%"))
     assert 50 < share < 100  # two experts with independent deltas averaged: about 71 %
-
-
-@pytest.mark.parametrize(
-    "text", ["---\nlicense: [mit\n---\n", "---\n- mit\n---\n", "# no metadata\n"], ids=["broken", "list", "none"]
-)
-def test_a_card_that_cannot_be_read_says_nothing(tmp_path, caplog, text):
-    (tmp_path / "README.md").write_text(text)
-    with caplog.at_level(logging.WARNING):
-        card = read_card("math", tmp_path)
-    assert card.license is None and card.languages == () and card.license_text == "not stated"
-    assert ("math: the metadata of" in caplog.text) == text.startswith("---")
-
-
-def test_norwegian_is_a_language(tmp_path):
-    (tmp_path / "README.md").write_text("---\nlanguage:\n- no\n- en\nlicense:\n- mit\n- bsd\n---\n")
-    card = read_card("math", tmp_path)
-    assert card.languages == ("no", "en") and card.license_text == "mit and bsd"
 
 
 def test_a_licence_does_not_break_the_table(card_of):
