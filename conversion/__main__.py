@@ -108,7 +108,8 @@ def inspect(
     from rich.console import Console
 
     from conversion.checkpoints.checkpoint_report import inspect_checkpoint
-    from conversion.report import plot_report, report_tables
+    from conversion.checkpoints.report_plot import plot_report
+    from conversion.report import report_tables
 
     report = inspect_checkpoint(checkpoint)
     if plot is not None:

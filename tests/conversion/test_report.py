@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
-from conversion.report import plot_report, report_tables
+from conversion.checkpoints.report_plot import plot_report
+from conversion.report import report_tables
 
 
 def test_tables_name_everything(stored):
