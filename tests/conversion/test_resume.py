@@ -13,11 +13,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import conversion
+import modeling_channel_merged
 from conversion import convert as convert_module
-from conversion.convert import convert
+from conversion.convert import conversion_fingerprint, convert
+from conversion.io.journal import differences
 from conversion.io.shard_writer import ShardWriter
 from conversion.io.weight_files import read_header
 from conversion.merging import grouping_pass
+from conversion.merging.plan import make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -436,3 +440,23 @@ def test_the_journal_names_every_part(run, whole, work, monkeypatch):
     assert set(records[0]) == {"fingerprint"}
     files = {record["file"] for record in records[1:]}
     assert {name for name in whole if name.endswith(".safetensors")} <= files
+
+
+def test_a_run_of_other_code_starts_anew(recipe, tmp_path, monkeypatch):
+    """The fingerprint is of every file of the program, in whichever room, and of the model's."""
+    plan = make_plan(load_recipe(recipe))
+    expected = conversion_fingerprint(plan)
+    for package in (conversion, modeling_channel_merged):
+        folder = Path(package.__file__).parent
+        copy = shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+        module = convert_module if package is conversion else package
+        monkeypatch.setattr(module, "__file__", str(copy / Path(module.__file__).name))
+    assert conversion_fingerprint(plan) == expected
+    rooms = {file.parent for file in tmp_path.rglob("*.py")}
+    assert {room.name for room in rooms} >= {"conversion", "channels", "merging", "io", "modeling_channel_merged"}
+    for room in rooms:
+        file = max(room.glob("*.py"))
+        text = file.read_bytes()
+        file.write_bytes(text + b"#")
+        assert list(differences(conversion_fingerprint(plan), expected)) == ["code"], file
+        file.write_bytes(text)
