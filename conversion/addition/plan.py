@@ -230,7 +230,7 @@ class NewReaders:
     def expert(self, source: Source) -> tuple[Reader, MergedVocabulary]:
         """A checkpoint of the base architecture or an adapter of the base, and its vocabulary in the merged one."""
         if source.is_adapter:
-            config = adapted_config(source, load_config(self._base))
+            config = adapted_config(source, load_config(self._base), self._merged.base_model)
             own = read_vocabulary(source.name, source.folder, config, config.vocab_size, base=self._base_own)
             inner, shapes = self._merged.base_model, self._own_shapes(own.size)
             reader = adapter_reader(source, self._base, self._base_reader, inner, self._merged.modules, shapes)

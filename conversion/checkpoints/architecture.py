@@ -59,6 +59,11 @@ def parameter_shapes(inner: torch.nn.Module, modules: ModuleMap) -> dict[str, tu
     return {name: known[name] for name in names}
 
 
+def with_rows(shapes: dict[str, tuple[int, ...]], paths: tuple[str, ...], size: int) -> dict[str, tuple[int, ...]]:
+    """The same shapes, with `size` rows in the parameters of the modules at `paths`."""
+    return {name: (size, *shape[1:]) if name.rpartition(".")[0] in paths else shape for name, shape in shapes.items()}
+
+
 def make_reader(
     source: Source, inner: torch.nn.Module, modules: ModuleMap, shapes: dict[str, tuple[int, ...]]
 ) -> ExpertReader:

@@ -4,11 +4,10 @@ import copy
 import logging
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from conversion.checkpoints.architecture import base_architecture
 from conversion.checkpoints.lora_patches import saved_rows
 from conversion.io.foreign_files import foreign, read_model_config
 from conversion.io.model_files import drop_code_references
@@ -69,10 +68,14 @@ def load_config(source: Source) -> PreTrainedConfig:
     return config
 
 
-def adapted_config(expert: Source, base_config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the model that an adapter makes of its base: the base's, with the adapter's embedding's size."""
-    with foreign("the base's config"):
-        inner, _ = base_architecture(base_config)
+def adapted_config(expert: Source, base_config: PreTrainedConfig, inner: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the model that an adapter makes of its base: the base's, with the adapter's embedding's size.
+
+    Args:
+        expert: the adapter, its weights at hand.
+        base_config: the base's.
+        inner: the base architecture on the meta device, with a vocabulary of any size.
+    """
     embedding = next(path for path, module in inner.named_modules() if module is inner.get_input_embeddings())
     size = saved_rows(expert, inner, f"{embedding}.weight")
     config = copy.deepcopy(base_config)

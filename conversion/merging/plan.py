@@ -1,7 +1,8 @@
 """The plan of a conversion: everything that configs and safetensors headers can tell, checked before data is read.
 
-`make_plan` finds the checkpoints (folders or Hub repositories), compares every expert's config and tensors with the
-base's, and knows the sizes. Errors name the expert, the field or tensor, and both values.
+`make_plan` locates the checkpoints (folders or Hub repositories), checks their configs and vocabularies against the
+base's, and opens their weights, whose headers it checks too: nothing large is fetched before all configs agree. Errors
+name the expert, the field or tensor, and both values.
 """
 
 import copy
@@ -13,7 +14,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from conversion.checkpoints.architecture import base_architecture, make_reader, parameter_shapes, vocabulary_paths
+from conversion.checkpoints.architecture import (
+    base_architecture,
+    make_reader,
+    parameter_shapes,
+    vocabulary_paths,
+    with_rows,
+)
 from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
 from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
 from conversion.io.foreign_files import foreign
@@ -21,9 +28,9 @@ from conversion.io.row_reader import ExpertReader
 from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.staged_folder import check_target
 from conversion.merging.recipe import Recipe
-from conversion.vocabulary.merged_vocabulary import MergedVocabulary, inverse, merge_vocabularies
+from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
 from conversion.vocabulary.own_vocabulary import read_vocabulary
-from conversion.vocabulary.vocabulary_reader import VocabularyReader
+from conversion.vocabulary.vocabulary_reader import by_channels
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 from modeling_channel_merged.channel_merged_layers import ModuleMap
 
@@ -109,67 +116,88 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
         ValueError: the checkpoints do not fit each other or this program, or the output may not be written there.
     """
     recipe = recipe.resolved()
+    base, *experts = locate(recipe, out, overwrite)
+    return open_readers(recipe, check(recipe, base, experts))
+
+
+def locate(recipe: Recipe, out: Path | str | None, overwrite: bool) -> list[Source]:
+    """The base and the experts, none of which `out` may replace: of Hub repositories the small files, and adapters."""
     if out is not None:
         check_target(Path(out), overwrite)
     models = [(BASE, recipe.base_model), *((expert.name, expert.model) for expert in recipe.experts)]
     base, *experts = (find_source(name, model, recipe.folder) for name, model in models)
     if out is not None:
         _check_not_a_source(Path(out), (base, *experts))
-    text_config = load_config(base)
-    experts = [with_weights(expert) if expert.is_adapter else expert for expert in experts]
-    configs = [adapted_config(expert, text_config) if expert.is_adapter else load_config(expert) for expert in experts]
-    for expert, config in zip(experts, configs, strict=True):
-        compare_configs(text_config, config, expert.name)
-    vocabulary = plan_vocabulary(recipe.tokenizer_source, base, text_config, experts, configs)
-    text_config = with_vocabulary(text_config, vocabulary)
+    return [base, *(with_weights(expert) if expert.is_adapter else expert for expert in experts)]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Checkpoints whose configs and vocabularies fit each other, and what will be made of them."""
+
+    base: Source
+    experts: tuple[Source, ...]
+    text_config: PreTrainedConfig  # the base's, with the merged vocabulary
+    inner: torch.nn.Module  # of that config, on the meta device
+    modules: ModuleMap
+    vocabulary: MergedVocabulary
+
+
+def check(recipe: Recipe, base: Source, experts: list[Source]) -> Checked:
+    """Compare all configs, merge the vocabularies, and see that the merged model can be built; reads small files."""
+    base_config = load_config(base)
+    base_inner = None
+    if any(expert.is_adapter for expert in experts):
+        with foreign("the base's config"):
+            base_inner, _ = base_architecture(base_config)
+    own = read_vocabulary(base.name, base.folder, base_config, base_config.vocab_size)
+    vocabularies = []
+    for expert in experts:
+        config = adapted_config(expert, base_config, base_inner) if expert.is_adapter else load_config(expert)
+        compare_configs(base_config, config, expert.name)
+        base_vocabulary = own if expert.is_adapter else None
+        vocabularies.append(
+            read_vocabulary(expert.name, expert.folder, config, config.vocab_size, base=base_vocabulary)
+        )
+    vocabulary = merge_vocabularies(recipe.tokenizer_source, own, vocabularies)
+    text_config = with_vocabulary(base_config, vocabulary)
     with foreign(f"{base.name}: the config of {base.model}"):
         inner, modules = base_architecture(text_config)
         check_merged_class(text_config, [expert.name for expert in experts])
-    shapes = parameter_shapes(inner, modules)
-    base, *experts = (with_weights(source) for source in (base, *experts))
-    base_shapes, *own = (own_shapes(shapes, inner, vocabulary, number) for number in range(-1, len(experts)))
-    base_reader = make_reader(base, inner, modules, base_shapes)
-    readers = [
-        adapter_reader(expert, base, base_reader, inner, modules, expert_shapes)
-        if expert.is_adapter
-        else make_reader(expert, inner, modules, expert_shapes)
-        for expert, expert_shapes in zip(experts, own, strict=True)
-    ]
+    return Checked(base, tuple(experts), text_config, inner, modules, vocabulary)
+
+
+def open_readers(recipe: Recipe, checked: Checked) -> Plan:
+    """Fetch the weights, check their headers, and read them by the merged vocabulary's channels."""
+    inner, modules, vocabulary = checked.inner, checked.modules, checked.vocabulary
+    shapes, paths = parameter_shapes(inner, modules), vocabulary_paths(inner)
+    base = with_weights(checked.base)
+    own_base_reader = make_reader(base, inner, modules, with_rows(shapes, paths, vocabulary.base.size))
+    base_channels, base_tokens = vocabulary.base_channels, vocabulary.base.token_ids
+    base_reader = by_channels(own_base_reader, paths, vocabulary, base_channels, mean_of=base_tokens)
+    experts, readers = [], []
+    for expert, own, channels in zip(checked.experts, vocabulary.experts, vocabulary.channels, strict=True):
+        own_shapes = with_rows(shapes, paths, own.size)
+        if expert.is_adapter:
+            reader = adapter_reader(expert, base, own_base_reader, inner, modules, own_shapes)
+        else:
+            expert = with_weights(expert)
+            reader = make_reader(expert, inner, modules, own_shapes)
+        experts.append(expert)
+        readers.append(by_channels(reader, paths, vocabulary, channels))
     dtype = output_dtype(recipe, [base_reader, *readers])
-    base_reader, *readers = by_merged_channels([base_reader, *readers], inner, vocabulary)
     return Plan(
         recipe=recipe.with_dtype(str(dtype).removeprefix("torch.")),
         base=base,
         experts=tuple(experts),
-        text_config=text_config,
+        text_config=checked.text_config,
         modules=modules,
         shapes=shapes,
         readers=tuple(readers),
         base_reader=base_reader,
         dtype=dtype,
         vocabulary=vocabulary,
-        vocabulary_paths=vocabulary_paths(inner),
-    )
-
-
-def plan_vocabulary(
-    tokenizer_source: str,
-    base: Source,
-    base_config: PreTrainedConfig,
-    experts: list[Source],
-    configs: list[PreTrainedConfig],
-) -> MergedVocabulary:
-    """The merged vocabulary of a base and its experts, from their tokenizers and configs."""
-    own = read_vocabulary(base.name, base.folder, base_config, base_config.vocab_size)
-    return merge_vocabularies(
-        tokenizer_source,
-        own,
-        [
-            read_vocabulary(
-                expert.name, expert.folder, config, config.vocab_size, base=own if expert.is_adapter else None
-            )
-            for expert, config in zip(experts, configs, strict=True)
-        ],
+        vocabulary_paths=paths,
     )
 
 
@@ -180,31 +208,6 @@ def with_vocabulary(base_config: PreTrainedConfig, vocabulary: MergedVocabulary)
         setattr(config, key, vocabulary.base_channel(value))
     config.vocab_size = vocabulary.size
     return config
-
-
-def own_shapes(
-    shapes: dict[str, tuple[int, ...]], inner: torch.nn.Module, vocabulary: MergedVocabulary, expert: int
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of one expert's parameters (-1: the base's), with its own vocabulary."""
-    size = (vocabulary.base if expert < 0 else vocabulary.experts[expert]).size
-    paths = vocabulary_paths(inner)
-    return {name: (size, *shape[1:]) if name.rpartition(".")[0] in paths else shape for name, shape in shapes.items()}
-
-
-def by_merged_channels(
-    readers: list[ExpertReader], inner: torch.nn.Module, vocabulary: MergedVocabulary
-) -> list[ExpertReader | VocabularyReader]:
-    """The base's reader and the experts', their embeddings and heads read by the merged vocabulary's channels."""
-    if vocabulary.is_identity:
-        return readers
-    parameters = [f"{path}.{name}" for path in vocabulary_paths(inner) for name in ("weight", "bias")]
-    channels = (vocabulary.base_channels, *vocabulary.channels)
-    own_ids = [inverse(numbers, vocabulary.size) for numbers in channels]
-    base, *experts = readers
-    return [
-        VocabularyReader(base, parameters, own_ids[0], vocabulary.base.token_ids),
-        *(VocabularyReader(reader, parameters, own) for reader, own in zip(experts, own_ids[1:], strict=True)),
-    ]
 
 
 def check_merged_class(text_config: PreTrainedConfig, expert_names: list[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from conversion.io.row_reader import ExpertReader
+from conversion.vocabulary.merged_vocabulary import MergedVocabulary, inverse
 
 MEAN_ROWS = 1024  # rows of one step of a mean: fixed, so that it does not depend on any chunk size
 
@@ -88,3 +89,26 @@ class VocabularyReader:
             # NumPy adds row after row, whatever the number of threads.
             total = total + rows.double().numpy().sum(axis=0, keepdims=True)
         return torch.from_numpy(np.asarray(total / len(self._tokens))).to(self.dtype(name))
+
+
+def by_channels(
+    reader: ExpertReader,
+    paths: Iterable[str],
+    vocabulary: MergedVocabulary,
+    channels: torch.LongTensor,
+    *,
+    mean_of: torch.LongTensor | None = None,
+) -> ExpertReader | VocabularyReader:
+    """A checkpoint read by the channels of the merged vocabulary; as it is where all ids are the merged ones.
+
+    Args:
+        reader: the checkpoint's reader, by its own ids.
+        paths: the embedding and the head.
+        vocabulary: the merged one.
+        channels: the channel of each of the checkpoint's own ids, -1 where it has none.
+        mean_of: own ids whose mean row is read at channels without an own id; None: zeros are.
+    """
+    if vocabulary.is_identity:
+        return reader
+    names = [f"{path}.{name}" for path in paths for name in ("weight", "bias")]
+    return VocabularyReader(reader, names, inverse(channels, vocabulary.size), mean_of)
