@@ -16,7 +16,7 @@ from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_merged_config
 from conversion.checkpoints.stored_expert import StoredExpertReader
 from conversion.io.model_files import check_file_name, same_file
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import BaseReader, RowReader
 from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.weight_files import ADAPTER_FORMATS, read_headers
 from conversion.io.wording import first_names
@@ -27,8 +27,6 @@ from conversion.vocabulary.union_tokenizer import PIECE_MARK
 from conversion.vocabulary.vocabulary_reader import VocabularyReader
 from modeling_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.configuration_channel_merged import MAX_EXPERTS
-
-Reader = ExpertReader | VocabularyReader | LoraReader | StoredExpertReader
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Addition:
     base: Source | None
     place: int  # the new expert's number
     kept: tuple[int, ...]  # the experts that stay, by their number before
-    reader: Reader
-    base_reader: Reader | None
+    reader: RowReader
+    base_reader: RowReader | None
     present: torch.BoolTensor  # (V,) tokens that the new expert has
     vocabulary: MergedVocabulary | None  # its own one in the merged one; None: that of the expert that was adapted
     adapted: str | None  # the expert of the checkpoint that the new one is an adapter of
@@ -227,7 +225,7 @@ class NewReaders:
             in_merged = merge_vocabularies("base", self._vocabulary, [self._base_own])
             self.base_by_channels = self._by_channels(self._base_reader, in_merged, self._base_own.token_ids)
 
-    def expert(self, source: Source) -> tuple[Reader, MergedVocabulary]:
+    def expert(self, source: Source) -> tuple[RowReader, MergedVocabulary]:
         """A checkpoint of the base architecture or an adapter of the base, and its vocabulary in the merged one."""
         if source.is_adapter:
             config = adapted_config(source, load_config(self._base), self._merged.base_model)
@@ -253,7 +251,7 @@ class NewReaders:
         if adapted != name and adapted in templates and (other := same_file(name, templates)) is not None:
             raise ValueError(f"the checkpoint has a chat template {other!r}: give the expert {name!r} another name")
 
-    def _whole(self, source: Source) -> tuple[ExpertReader, OwnVocabulary]:
+    def _whole(self, source: Source) -> tuple[BaseReader, OwnVocabulary]:
         """A whole model's reader by its own ids, and its vocabulary."""
         config = load_config(source)
         own = read_vocabulary(source.name, source.folder, config, config.vocab_size)
@@ -268,8 +266,8 @@ class NewReaders:
         }
 
     def _by_channels(
-        self, reader: Reader, vocabulary: MergedVocabulary, tokens: torch.LongTensor | None = None
-    ) -> Reader:
+        self, reader: RowReader, vocabulary: MergedVocabulary, tokens: torch.LongTensor | None = None
+    ) -> RowReader:
         if vocabulary.is_identity:
             return reader
         names = [f"{path}.{name}" for path in self._paths for name in ("weight", "bias")]

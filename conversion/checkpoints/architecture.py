@@ -4,7 +4,7 @@ import inspect
 import re
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from conversion.checkpoints.tensor_names import by_parameter_name, match_names
 from conversion.io.row_reader import ExpertReader
@@ -14,13 +14,13 @@ from conversion.io.wording import first_names
 from modeling_channel_merged.channel_merged_layers import ModuleMap, find_modules
 
 
-def vocabulary_paths(inner: torch.nn.Module) -> tuple[str, ...]:
+def vocabulary_paths(inner: PreTrainedModel) -> tuple[str, ...]:
     """Paths of the embedding and of the head, tied or not."""
     modules = (inner.get_input_embeddings(), inner.get_output_embeddings())
     return tuple(path for path, module in inner.named_modules() if module in modules)
 
 
-def base_architecture(text_config: PreTrainedConfig) -> tuple[torch.nn.Module, ModuleMap]:
+def base_architecture(text_config: PreTrainedConfig) -> tuple[PreTrainedModel, ModuleMap]:
     """The base model without data, and what becomes of its modules."""
     with torch.device("meta"):
         inner = AutoModelForCausalLM.from_config(text_config)
@@ -47,7 +47,7 @@ def channel_parameters(modules: ModuleMap, path: str) -> list[str]:
     return [f"{path}.weight"] + ([f"{path}.bias"] if modules.channel[path].bias else [])
 
 
-def parameter_shapes(inner: torch.nn.Module, modules: ModuleMap) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(inner: PreTrainedModel, modules: ModuleMap) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of the base architecture that has a place in the merged one."""
     names = [f"{path}.weight" for path in modules.channel]
     names += [f"{path}.bias" for path, module in modules.channel.items() if module.bias]
@@ -65,7 +65,7 @@ def with_rows(shapes: dict[str, tuple[int, ...]], paths: tuple[str, ...], size: 
 
 
 def make_reader(
-    source: Source, inner: torch.nn.Module, modules: ModuleMap, shapes: dict[str, tuple[int, ...]]
+    source: Source, inner: PreTrainedModel, modules: ModuleMap, shapes: dict[str, tuple[int, ...]]
 ) -> ExpertReader:
     """Check one checkpoint's headers against the base architecture; the reader of its tensors."""
     try:

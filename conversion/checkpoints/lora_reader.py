@@ -24,7 +24,7 @@ from conversion.channels.low_rank import BLOCK_ROWS, add_low_rank
 from conversion.checkpoints.adapter_config import AdapterConfig, compare_base_names, read_adapter_config
 from conversion.checkpoints.lora_patches import Patch, PatchBuilder, read_adapter
 from conversion.checkpoints.tensor_names import match_names
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import BaseReader, ExpertReader
 from conversion.io.sources import ADAPTER_CONFIG, Source
 from conversion.io.weight_files import StoredTensor
 from conversion.io.wording import first_names
@@ -32,7 +32,7 @@ from modeling_channel_merged.channel_merged_layers import ModuleMap
 
 
 class LoraReader:
-    """Rows of the model that a LoRA adapter makes of its base; an `ExpertReader` to those who read.
+    """Rows of the model that a LoRA adapter makes of its base; a `RowReader` to those who read.
 
     Args:
         name: what errors call this expert.
@@ -45,7 +45,7 @@ class LoraReader:
     def __init__(
         self,
         name: str,
-        base: ExpertReader,
+        base: BaseReader,
         adapter: Mapping[str, StoredTensor],
         patches: Mapping[str, Patch],
         tied: Mapping[str, str],
@@ -59,9 +59,6 @@ class LoraReader:
         turned = {patch.tensors.embedding_up for patch in patches.values()}
         turned |= {patch.tensors.whole for parameter, patch in patches.items() if parameter in base.transposed}
         self._adapter = ExpertReader(name, adapter, turned & adapter.keys())
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
 
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter in the base's layout and dtype."""
@@ -79,7 +76,7 @@ class LoraReader:
         first = start - start % BLOCK_ROWS
         last = min(stop + -stop % BLOCK_ROWS, self._num_rows(name))
         reader, stored = (self._adapter, tensors.whole) if tensors.whole else (self._base, name)
-        rows = reader.read_rows(stored, first, last).to(self.dtype(name))
+        rows = reader.read_rows(stored, first, last).to(self.tensors[name].dtype)
         if tensors.up or tensors.embedding_up:
             rows = self._adapted(rows, patch, first, last)
         if tensors.shift:
@@ -121,7 +118,7 @@ class LoraReader:
 def adapter_reader(
     source: Source,
     base: Source,
-    base_reader: ExpertReader,
+    base_reader: BaseReader,
     inner: PreTrainedModel,
     modules: ModuleMap,
     shapes: Mapping[str, tuple[int, ...]],

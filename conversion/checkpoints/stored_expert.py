@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import RowReader
 from conversion.io.weight_files import StoredTensor
 
 READ_THROUGH = 4  # rows that nobody asked for and that are read rather than skipped
 
 
-def read_rows_at(reader: ExpertReader, name: str, rows: torch.LongTensor) -> torch.Tensor:
+def read_rows_at(reader: RowReader, name: str, rows: torch.LongTensor) -> torch.Tensor:
     """Some rows of a stored tensor, in the order asked for: (len(rows), I), or (len(rows),) of a vector.
 
     Rows close to each other are read at once, so that memory is at most a few times the result.
@@ -33,7 +33,7 @@ def read_rows_at(reader: ExpertReader, name: str, rows: torch.LongTensor) -> tor
 
 
 class StoredExpertReader:
-    """Rows of one expert's parameters in channel order; an `ExpertReader` to those who read.
+    """Rows of one expert's parameters in channel order; a `BaseReader` to those who read.
 
     Channels are those of the merged model, all matrices (O, I), also where the base stores them transposed. A token
     that the expert does not have reads as zeros.
@@ -43,7 +43,7 @@ class StoredExpertReader:
         name: the expert's.
     """
 
-    transposed = frozenset()
+    transposed: frozenset[str] = frozenset()
 
     def __init__(self, merged: MergedCheckpoint, name: str):
         self.name = name
@@ -60,9 +60,6 @@ class StoredExpertReader:
             for parameter in parameters:
                 stored = f"model.{path}.experts.{self._expert}.{parameter}"
                 self._add(f"{path}.{parameter}", stored, merged.tensors[stored].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
 
     def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "StoredExpertReader":
         """A reader of the same parameters: a merged checkpoint stores none beside them."""

@@ -1,15 +1,50 @@
 """Rows of one checkpoint's tensors, read when they are asked for: memory is bounded by the chunk.
 
-`ExpertReader` reads rows of a parameter by the parameter's name in the base architecture, whatever the
-checkpoint calls it.
+Rows of a parameter are read by the parameter's name in the base architecture, whatever the checkpoint calls it.
+`RowReader` is all that those who read need to know; `ExpertReader` reads the files of a checkpoint. Others read a
+checkpoint through such a reader: by the merged vocabulary's channels (`VocabularyReader`), with an adapter
+(`LoraReader`), one expert of a merged one (`StoredExpertReader`).
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 import torch
 
 from conversion.io.open_files import OpenFiles
 from conversion.io.weight_files import StoredTensor
+
+
+class RowReader(Protocol):
+    """Rows of one checkpoint's parameters, by their names in the base architecture. Several threads may read."""
+
+    @property
+    def name(self) -> str:
+        """What errors call this checkpoint."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Parameter name -> shape, dtype and size as it is read."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole parameter in the base architecture's layout; its dtype in `tensors`."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of a parameter: (stop - start, I), or (stop - start,) of a vector; the same dtype."""
+
+    def close(self) -> None:
+        """Close the files that reading has opened."""
+
+
+class BaseReader(RowReader, Protocol):
+    """What an adapter can be laid over."""
+
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Parameters that are stored as (I, O) and read as (O, I) rows."""
+
+    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "BaseReader":
+        """A reader of the same checkpoint that has these parameters."""
 
 
 class ExpertReader:
@@ -28,9 +63,6 @@ class ExpertReader:
         self.tensors = dict(tensors)
         self.transposed = frozenset(transposed)
         self._files = OpenFiles()
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
 
     def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "ExpertReader":
         """A reader of its own with the same checkpoint's name and layout."""
@@ -80,7 +112,7 @@ class ExpertReader:
             view, place = view[count:], place + count
 
 
-def check_tied_head(reader: ExpertReader, head: str, embedding: str, chunks: list[tuple[int, int]]) -> None:
+def check_tied_head(reader: RowReader, head: str, embedding: str, chunks: list[tuple[int, int]]) -> None:
     """A checkpoint of a tied architecture may hold its head too, if that is the embedding."""
     if head not in reader.tensors:
         return

@@ -16,7 +16,7 @@ from conversion.channels.merge_methods import MergeMethod, merge_rows
 from conversion.checkpoints.architecture import channel_parameters
 from conversion.checkpoints.merged_checkpoint import stored_name
 from conversion.io.journal import Journal
-from conversion.io.row_reader import ExpertReader, check_tensor_finite
+from conversion.io.row_reader import RowReader, check_tensor_finite
 from conversion.io.shard_writer import ShardWriter, TensorSpec
 from conversion.merging.block_reader import Block, BlockReader, gather_rows
 from conversion.merging.grouped_module import GroupedModule, ModuleRows, all_modules
@@ -107,7 +107,7 @@ def write_merged(
                     writer.write(stored_name(path, block.name), rows.cpu(), start)
         bar.update(sum(block.num_bytes for block in parameters))
     if module.groups.has_fallback and f"{path}.weight" in missing:
-        row = plan.base_reader.mean_row(f"{path}.weight").to(plan.dtype)
+        row = plan.fallback_row(f"{path}.weight").to(plan.dtype)
         writer.write(stored_name(path, f"{path}.weight"), row, module.num_rows - 1)
 
 
@@ -131,7 +131,7 @@ def write_per_expert(plan: Plan, blocks: BlockReader, writer: ShardWriter, bar: 
 
 
 def write_copy(
-    reader: ExpertReader, name: str, writer: ShardWriter, stored: str, dtype: torch.dtype, max_bytes: int
+    reader: RowReader, name: str, writer: ShardWriter, stored: str, dtype: torch.dtype, max_bytes: int
 ) -> None:
     """Copy one parameter in blocks of at most `max_bytes` of float32, or row by row."""
     length, *inner = reader.tensors[name].shape

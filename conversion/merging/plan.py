@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from conversion.checkpoints.architecture import (
     base_architecture,
@@ -22,15 +22,15 @@ from conversion.checkpoints.architecture import (
     with_rows,
 )
 from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
-from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
+from conversion.checkpoints.lora_reader import adapter_reader
 from conversion.io.foreign_files import foreign
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import RowReader
 from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.staged_folder import check_target
 from conversion.merging.recipe import Recipe
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
 from conversion.vocabulary.own_vocabulary import read_vocabulary
-from conversion.vocabulary.vocabulary_reader import by_channels
+from conversion.vocabulary.vocabulary_reader import VocabularyReader, by_channels
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 from modeling_channel_merged.channel_merged_layers import ModuleMap
 
@@ -47,8 +47,8 @@ class Plan:
     text_config: PreTrainedConfig
     modules: ModuleMap
     shapes: dict[str, tuple[int, ...]]  # parameter name -> shape in the base architecture
-    readers: tuple[ExpertReader | LoraReader, ...]  # one per expert
-    base_reader: ExpertReader
+    readers: tuple[RowReader, ...]  # one per expert
+    base_reader: RowReader
     dtype: torch.dtype  # of the output
     vocabulary: MergedVocabulary
     vocabulary_paths: tuple[str, ...]  # the embedding and the head: modules whose channels are tokens
@@ -96,6 +96,11 @@ class Plan:
             return None
         return self.vocabulary.present
 
+    def fallback_row(self, name: str) -> torch.Tensor:
+        """What stands for tokens that an expert does not have, the mean of the base's: (1, I); the base's dtype."""
+        assert isinstance(self.base_reader, VocabularyReader), "all experts have all tokens"
+        return self.base_reader.mean_row(name)
+
     def _num_parameters(self) -> int:
         tied = {f"{path}.weight" for path, module in self.modules.channel.items() if module.tied_to}
         return sum(self._numel(name) for name in self.shapes if name not in tied)
@@ -138,7 +143,7 @@ class Checked:
     base: Source
     experts: tuple[Source, ...]
     text_config: PreTrainedConfig  # the base's, with the merged vocabulary
-    inner: torch.nn.Module  # of that config, on the meta device
+    inner: PreTrainedModel  # of that config, on the meta device
     modules: ModuleMap
     vocabulary: MergedVocabulary
 
@@ -217,7 +222,7 @@ def check_merged_class(text_config: PreTrainedConfig, expert_names: list[str]) -
         ChannelMergedForCausalLM(config)
 
 
-def output_dtype(recipe: Recipe, readers: list[ExpertReader]) -> torch.dtype:
+def output_dtype(recipe: Recipe, readers: list[RowReader]) -> torch.dtype:
     """The recipe's dtype, else the narrowest that holds every checkpoint exactly."""
     if recipe.dtype is not None:
         return getattr(torch, recipe.dtype)

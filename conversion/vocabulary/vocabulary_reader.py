@@ -8,14 +8,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import RowReader
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, inverse
 
 MEAN_ROWS = 1024  # rows of one step of a mean: fixed, so that it does not depend on any chunk size
 
 
 class VocabularyReader:
-    """An `ExpertReader` whose embedding and head have the merged vocabulary's channels; the rest is its own.
+    """A `RowReader` whose embedding and head have the merged vocabulary's channels; the rest is its own.
 
     Args:
         reader: the checkpoint's reader.
@@ -26,7 +26,7 @@ class VocabularyReader:
 
     def __init__(
         self,
-        reader: ExpertReader,
+        reader: RowReader,
         parameters: Iterable[str],
         own_ids: torch.LongTensor,
         tokens: torch.LongTensor | None = None,
@@ -43,9 +43,6 @@ class VocabularyReader:
             own = self.tensors[name]
             shape = (len(own_ids), *own.shape[1:])
             self.tensors[name] = replace(own, shape=shape, num_bytes=own.num_bytes // own.shape[0] * len(own_ids))
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(name)
 
     def read(self, name: str) -> torch.Tensor:
         return self.read_rows(name, 0, len(self._own_ids)) if name in self._parameters else self._reader.read(name)
@@ -78,7 +75,7 @@ class VocabularyReader:
 
     def _mean_row(self, name: str) -> torch.Tensor:
         if self._tokens is None:
-            return torch.zeros(1, *self.tensors[name].shape[1:], dtype=self.dtype(name))
+            return torch.zeros(1, *self.tensors[name].shape[1:], dtype=self.tensors[name].dtype)
         total: np.ndarray | float = 0.0
         size = int(self._tokens.max()) + 1
         is_token = torch.zeros(size, dtype=torch.bool)
@@ -88,17 +85,17 @@ class VocabularyReader:
             rows = self._reader.read_rows(name, start, stop)[is_token[start:stop]]
             # NumPy adds row after row, whatever the number of threads.
             total = total + rows.double().numpy().sum(axis=0, keepdims=True)
-        return torch.from_numpy(np.asarray(total / len(self._tokens))).to(self.dtype(name))
+        return torch.from_numpy(np.asarray(total / len(self._tokens))).to(self.tensors[name].dtype)
 
 
 def by_channels(
-    reader: ExpertReader,
+    reader: RowReader,
     paths: Iterable[str],
     vocabulary: MergedVocabulary,
     channels: torch.LongTensor,
     *,
     mean_of: torch.LongTensor | None = None,
-) -> ExpertReader | VocabularyReader:
+) -> RowReader:
     """A checkpoint read by the channels of the merged vocabulary; as it is where all ids are the merged ones.
 
     Args:

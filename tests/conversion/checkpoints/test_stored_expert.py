@@ -19,7 +19,7 @@ def test_every_parameter_of_every_expert(write_checkpoint, tmp_path, architectur
                 module = merged.modules.channel.get(key.rpartition(".")[0])
                 if module is not None and module.kind == "conv1d" and value.dim() == 2:
                     value = value.T
-                assert reader.tensors[key].shape == value.shape and reader.dtype(key) == value.dtype
+                assert reader.tensors[key].shape == value.shape and reader.tensors[key].dtype == value.dtype
                 assert torch.equal(reader.read(key), value), key
                 assert torch.equal(reader.read_rows(key, 3, 8), value[3:8]), key
 

@@ -38,7 +38,7 @@ def test_any_chunk_is_the_rows_of_its_channels(reader, tensors, name):
     assert torch.equal(ours.read(name), expected)
     assert ours.tensors[name].shape == expected.shape
     assert ours.tensors[name].num_bytes == expected.numel() * 2
-    assert ours.dtype(name) == torch.bfloat16 and ours.name == "math"
+    assert ours.tensors[name].dtype == torch.bfloat16 and ours.name == "math"
 
 
 def test_other_parameters_are_the_readers_own(reader, tensors):
