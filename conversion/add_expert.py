@@ -22,12 +22,12 @@ from conversion.addition.copying_pass import extended_tensors, write_tensors
 from conversion.addition.extended_config import extended_config, merged_parameters
 from conversion.addition.matching_pass import match_modules
 from conversion.addition.model_folder import write_files
-from conversion.addition.plan import check_out, plan_addition
+from conversion.addition.plan import plan_addition
 from conversion.addition.router_growth import extended_router
 from conversion.io.options import parse_size
 from conversion.io.shard_writer import ShardWriter
 from conversion.io.sources import check_unchanged
-from conversion.io.staged_folder import StagedFolder, check_disk_space, check_target
+from conversion.io.staged_folder import StagedFolder, check_disk_space, check_not_a_source, check_target
 from conversion.merging.memory_budget import CHUNK_BYTES
 
 
@@ -99,7 +99,8 @@ def add_expert(
         for reader in (addition.merged.reader, addition.base_reader, addition.reader):
             if reader is not None:
                 stack.callback(reader.close)
-        check_out(out, addition)
+        inputs = zip(("the checkpoint", "the expert", "the base"), addition.sources, strict=False)
+        check_not_a_source(out, {f"{what} that is read": source.folder for what, source in inputs})
         check_disk_space(out, stored_bytes + new_bytes, {})
         addition.merged.check_channel_indices()
         staged = stack.enter_context(StagedFolder(out, overwrite))

@@ -41,7 +41,7 @@ from conversion.hub.model_card import write_card
 from conversion.io.foreign_files import foreign
 from conversion.io.model_files import CARD_FILE, COMPANION_FILES, EXPERT_FILES, REPORT_FILE, copy_files
 from conversion.io.sources import Source, check_unchanged, without_folder
-from conversion.io.staged_folder import CONFIG_FILE, StagedFolder, check_target
+from conversion.io.staged_folder import CONFIG_FILE, StagedFolder, check_not_a_source, check_target
 from conversion.router.arguments import RouterArguments
 from conversion.router.data import (
     Query,
@@ -80,8 +80,7 @@ class FinishedCheckpoints(TrainerCallback):
 def check_output(out: Path, checkpoint: Path, overwrite: bool) -> None:
     """ValueError where the output folder holds something that must stay."""
     check_target(out, overwrite)
-    if out.resolve() == checkpoint.resolve() or out.resolve() in checkpoint.resolve().parents:
-        raise ValueError(f"the output folder {out} holds the checkpoint that is trained: choose another")
+    check_not_a_source(out, {"the checkpoint that is trained": checkpoint})
 
 
 def training_fingerprint(source: Source, *queries: list[Query]) -> dict[str, Any]:

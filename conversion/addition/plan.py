@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from conversion.checkpoints.adapter_config import read_adapter_config
-from conversion.checkpoints.architecture import make_reader, parameter_shapes, vocabulary_paths
+from conversion.checkpoints.architecture import make_reader, parameter_shapes, vocabulary_paths, with_rows
 from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
 from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_merged_config
@@ -21,10 +22,10 @@ from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.weight_files import ADAPTER_FORMATS, read_headers
 from conversion.io.wording import first_names
 from conversion.merging.recipe import EXPERT_NAME
-from conversion.vocabulary.merged_vocabulary import MergedVocabulary, inverse, merge_vocabularies
+from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
 from conversion.vocabulary.own_vocabulary import OwnVocabulary, named_templates, read_vocabulary
 from conversion.vocabulary.union_tokenizer import PIECE_MARK
-from conversion.vocabulary.vocabulary_reader import VocabularyReader
+from conversion.vocabulary.vocabulary_reader import by_channels
 from modeling_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.configuration_channel_merged import MAX_EXPERTS
 
@@ -48,7 +49,7 @@ class Addition:
 
     @property
     def sources(self) -> list[Source]:
-        """All that is read."""
+        """All that is read: the checkpoint, the new expert and, where it is needed, the base."""
         return [self.merged.source, self.source, *([self.base] if self.base is not None else [])]
 
     @property
@@ -103,27 +104,34 @@ def plan_addition(
     if not source.is_adapter:
         compare_configs(old.text_config, load_config(source), name)
     merged = MergedCheckpoint(found)
-    if base_source is not None:
-        base_source = with_weights(base_source)
     place = old.expert_names.index(name) if replace else old.num_experts
-    readers = NewReaders(merged, name, base_source)
+    own_vocabulary = checkpoint_vocabulary(merged, name)
+    base_model = base_reader = None
+    if base_source is not None:
+        base_model = open_model(merged, with_weights(base_source))
+        in_merged = merge_vocabularies("base", own_vocabulary, [base_model.vocabulary])
+        base_reader = read_by_channels(merged, base_model, in_merged, mean_of=base_model.vocabulary.token_ids)
     if adapted is not None:
-        readers.check_template(name, adapted)
-        reader, vocabulary = readers.adapter_of_expert(source, adapted, str(checkpoint)), None
+        check_template(own_vocabulary, name, adapted)
+        reader, vocabulary = adapter_of_expert(merged, source, adapted, str(checkpoint)), None
         present = merged.has_token(merged.config.expert_id(adapted))
     else:
-        source = with_weights(source)
-        reader, vocabulary = readers.expert(source)
-        present = vocabulary.present[0]
+        if source.is_adapter:
+            model = open_adapter(merged, source, base_model)
+        else:
+            model = open_model(merged, with_weights(source))
+        source, vocabulary = model.source, merge_vocabularies("base", own_vocabulary, [model.vocabulary])
+        check_tokens_are_kept(merged, name, vocabulary)
+        reader, present = read_by_channels(merged, model, vocabulary), vocabulary.present[0]
     return Addition(
         merged=merged,
         name=name,
         source=source,
-        base=base_source,
+        base=base_model.source if base_model is not None else None,
         place=place,
         kept=tuple(number for number in range(old.num_experts) if not (replace and number == place)),
         reader=reader,
-        base_reader=readers.base_by_channels,
+        base_reader=base_reader,
         present=present,
         vocabulary=vocabulary,
         adapted=adapted,
@@ -177,16 +185,6 @@ def find_base(config: ChannelMergedConfig, base: str | Path | None) -> Source:
         raise ValueError(f"{needed}, and where the checkpoint says it is not: {error}; name it with --base") from None
 
 
-def check_out(out: Path, addition: Addition) -> None:
-    """The output must not replace what is read, nor a folder around it."""
-    sources = {"the checkpoint": addition.merged.folder, "the expert": addition.source.folder}
-    if addition.base is not None:
-        sources["the base"] = addition.base.folder
-    for what, folder in sources.items():
-        if out.resolve() == folder.resolve() or out.resolve() in folder.resolve().parents:
-            raise ValueError(f"the output folder {out} holds {what} that is read: choose another")
-
-
 @dataclass(frozen=True)
 class CheckpointVocabulary(OwnVocabulary):
     """The merged checkpoint's vocabulary, its tokens under the names that their own tokenizers gave them."""
@@ -196,92 +194,87 @@ class CheckpointVocabulary(OwnVocabulary):
         return {token.removeprefix(PIECE_MARK): number for token, number in super().ids.items()}
 
 
-class NewReaders:
-    """Readers of checkpoints by the merged checkpoint's channels, their configs and headers checked.
-
-    Args:
-        merged: the checkpoint.
-        name: of the new expert.
-        base: the base model where it is at hand; `base_by_channels` reads it, the mean of its tokens for those that
-            it does not have.
-    """
-
-    def __init__(self, merged: MergedCheckpoint, name: str, base: Source | None):
-        self._merged = merged
-        self._name = name
-        self._shapes = parameter_shapes(merged.base_model, merged.modules)
-        self._paths = vocabulary_paths(merged.base_model)
-        config = merged.config.text_config
-        own = read_vocabulary("the checkpoint", merged.folder, config, config.vocab_size)
-        names = merged.config.expert_names
-        if name in names and (templates := named_templates(own.tokenizer)):
-            # Those of the expert that is exchanged.
-            kept = {key: text for key, text in templates.items() if template_owner(key, names) != name}
-            own.tokenizer.chat_template = kept
-        self._vocabulary = CheckpointVocabulary(**{field.name: getattr(own, field.name) for field in fields(own)})
-        self._base, self.base_by_channels = base, None
-        if base is not None:
-            self._base_reader, self._base_own = self._whole(base)
-            in_merged = merge_vocabularies("base", self._vocabulary, [self._base_own])
-            self.base_by_channels = self._by_channels(self._base_reader, in_merged, self._base_own.token_ids)
-
-    def expert(self, source: Source) -> tuple[RowReader, MergedVocabulary]:
-        """A checkpoint of the base architecture or an adapter of the base, and its vocabulary in the merged one."""
-        if source.is_adapter:
-            config = adapted_config(source, load_config(self._base), self._merged.base_model)
-            own = read_vocabulary(source.name, source.folder, config, config.vocab_size, base=self._base_own)
-            inner, shapes = self._merged.base_model, self._own_shapes(own.size)
-            reader = adapter_reader(source, self._base, self._base_reader, inner, self._merged.modules, shapes)
-        else:
-            reader, own = self._whole(source)
-        vocabulary = merge_vocabularies("base", self._vocabulary, [own])
-        self._check_vocabulary(vocabulary)
-        return self._by_channels(reader, vocabulary), vocabulary
-
-    def adapter_of_expert(self, source: Source, expert: str, checkpoint: str) -> LoraReader:
-        """An adapter of an expert of the merged checkpoint; its channels are the merged ones already."""
-        stored = StoredExpertReader(self._merged, expert)
-        shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
-        origin = Source("checkpoint", checkpoint, None, self._merged.folder)
-        return adapter_reader(source, origin, stored, self._merged.base_model, self._merged.modules, shapes)
-
-    def check_template(self, name: str, adapted: str) -> None:
-        """ValueError where the chat template that a new expert takes from `adapted` has another one's file."""
-        templates = named_templates(self._vocabulary.tokenizer)
-        if adapted != name and adapted in templates and (other := same_file(name, templates)) is not None:
-            raise ValueError(f"the checkpoint has a chat template {other!r}: give the expert {name!r} another name")
-
-    def _whole(self, source: Source) -> tuple[BaseReader, OwnVocabulary]:
-        """A whole model's reader by its own ids, and its vocabulary."""
-        config = load_config(source)
-        own = read_vocabulary(source.name, source.folder, config, config.vocab_size)
-        shapes = self._own_shapes(own.size)
-        return make_reader(source, self._merged.base_model, self._merged.modules, shapes), own
-
-    def _own_shapes(self, size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of a checkpoint's parameters that has a vocabulary of its own."""
-        return {
-            name: (size, *shape[1:]) if name.rpartition(".")[0] in self._paths else shape
-            for name, shape in self._shapes.items()
+def checkpoint_vocabulary(merged: MergedCheckpoint, name: str) -> CheckpointVocabulary:
+    """The merged checkpoint's vocabulary, without the chat templates of an expert `name` that is exchanged."""
+    config = merged.config.text_config
+    own = read_vocabulary("the checkpoint", merged.folder, config, config.vocab_size)
+    names = merged.config.expert_names
+    if name in names and (templates := named_templates(own.tokenizer)):
+        own.tokenizer.chat_template = {
+            key: text for key, text in templates.items() if template_owner(key, names) != name
         }
+    return CheckpointVocabulary(**{field.name: getattr(own, field.name) for field in fields(own)})
 
-    def _by_channels(
-        self, reader: RowReader, vocabulary: MergedVocabulary, tokens: torch.LongTensor | None = None
-    ) -> RowReader:
-        if vocabulary.is_identity:
-            return reader
-        names = [f"{path}.{name}" for path in self._paths for name in ("weight", "bias")]
-        return VocabularyReader(reader, names, inverse(vocabulary.channels[0], vocabulary.size), tokens)
 
-    def _check_vocabulary(self, vocabulary: MergedVocabulary) -> None:
-        """What was merged to keep all tokens keeps them all; elsewhere `merge_vocabularies` has warned."""
-        recipe = self._merged.config.merge.get("recipe") or {}
-        tokens = vocabulary.dropped(0)[0] + vocabulary.renamed(0)
-        if tokens and recipe.get("tokenizer_source") == "union":
-            raise ValueError(
-                f"{self._name}: the merged vocabulary (tokenizer_source: union) lacks {len(tokens)} of its tokens, "
-                f"{first_names(tokens, 5, repr)}: an expert with tokens of its own needs a new conversion"
-            )
+def check_template(vocabulary: CheckpointVocabulary, name: str, adapted: str) -> None:
+    """ValueError where the chat template that a new expert takes from `adapted` has another one's file."""
+    templates = named_templates(vocabulary.tokenizer)
+    if adapted != name and adapted in templates and (other := same_file(name, templates)) is not None:
+        raise ValueError(f"the checkpoint has a chat template {other!r}: give the expert {name!r} another name")
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model of the base architecture by its own ids, its config and headers checked."""
+
+    source: Source  # its weights at hand
+    config: PreTrainedConfig
+    vocabulary: OwnVocabulary
+    reader: BaseReader | LoraReader
+
+
+def open_model(merged: MergedCheckpoint, source: Source) -> OpenModel:
+    """A whole model."""
+    config = load_config(source)
+    own = read_vocabulary(source.name, source.folder, config, config.vocab_size)
+    return OpenModel(
+        source, config, own, make_reader(source, merged.base_model, merged.modules, shapes_of(merged, own))
+    )
+
+
+def open_adapter(merged: MergedCheckpoint, source: Source, base: OpenModel) -> OpenModel:
+    """The model that an adapter makes of the base."""
+    inner, modules = merged.base_model, merged.modules
+    config = adapted_config(source, base.config, inner)
+    own = read_vocabulary(source.name, source.folder, config, config.vocab_size, base=base.vocabulary)
+    reader = adapter_reader(source, base.source, base.reader, inner, modules, shapes_of(merged, own))
+    return OpenModel(source, config, own, reader)
+
+
+def adapter_of_expert(merged: MergedCheckpoint, source: Source, expert: str, checkpoint: str) -> LoraReader:
+    """An adapter of an expert of the merged checkpoint; its channels are the merged ones already."""
+    stored = StoredExpertReader(merged, expert)
+    shapes = {name: tensor.shape for name, tensor in stored.tensors.items()}
+    origin = Source("checkpoint", checkpoint, None, merged.folder)
+    return adapter_reader(source, origin, stored, merged.base_model, merged.modules, shapes)
+
+
+def shapes_of(merged: MergedCheckpoint, own: OwnVocabulary) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a model of the base architecture that has a vocabulary of its own."""
+    shapes = parameter_shapes(merged.base_model, merged.modules)
+    return with_rows(shapes, vocabulary_paths(merged.base_model), own.size)
+
+
+def read_by_channels(
+    merged: MergedCheckpoint,
+    model: OpenModel,
+    vocabulary: MergedVocabulary,
+    mean_of: torch.LongTensor | None = None,
+) -> RowReader:
+    """A model read by the merged checkpoint's channels, see `by_channels`."""
+    paths = vocabulary_paths(merged.base_model)
+    return by_channels(model.reader, paths, vocabulary, vocabulary.channels[0], mean_of=mean_of)
+
+
+def check_tokens_are_kept(merged: MergedCheckpoint, name: str, vocabulary: MergedVocabulary) -> None:
+    """What was merged to keep all tokens keeps them all; elsewhere `merge_vocabularies` has warned."""
+    recipe = merged.config.merge.get("recipe") or {}
+    tokens = vocabulary.dropped(0)[0] + vocabulary.renamed(0)
+    if tokens and recipe.get("tokenizer_source") == "union":
+        raise ValueError(
+            f"{name}: the merged vocabulary (tokenizer_source: union) lacks {len(tokens)} of its tokens, "
+            f"{first_names(tokens, 5, repr)}: an expert with tokens of its own needs a new conversion"
+        )
 
 
 def template_owner(template: str, names: list[str]) -> str | None:

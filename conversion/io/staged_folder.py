@@ -236,6 +236,13 @@ def check_target(target: Path, overwrite: bool = False) -> None:
         )
 
 
+def check_not_a_source(target: Path, folders: Mapping[str, Path]) -> None:
+    """ValueError where a target is one of the folders that are read, named by what they are, or a folder around it."""
+    for what, folder in folders.items():
+        if target.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(f"the output folder {target} holds {what}: choose another")
+
+
 def leftover_bytes(target: Path, fingerprint: Mapping[str, Any] | None = None) -> int:
     """Disk space that stopped runs hold for `target`; with a fingerprint, what a run of it would use or remove."""
     paths = _leftovers(target.resolve(), "partial")

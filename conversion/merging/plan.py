@@ -26,7 +26,7 @@ from conversion.checkpoints.lora_reader import adapter_reader
 from conversion.io.foreign_files import foreign
 from conversion.io.row_reader import RowReader
 from conversion.io.sources import Source, find_source, with_weights
-from conversion.io.staged_folder import check_target
+from conversion.io.staged_folder import check_not_a_source, check_target
 from conversion.merging.recipe import Recipe
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
 from conversion.vocabulary.own_vocabulary import read_vocabulary
@@ -132,7 +132,8 @@ def locate(recipe: Recipe, out: Path | str | None, overwrite: bool) -> list[Sour
     models = [(BASE, recipe.base_model), *((expert.name, expert.model) for expert in recipe.experts)]
     base, *experts = (find_source(name, model, recipe.folder) for name, model in models)
     if out is not None:
-        _check_not_a_source(Path(out), (base, *experts))
+        sources = {f"the checkpoint of {source.name} ({source.model})": source.folder for source in (base, *experts)}
+        check_not_a_source(Path(out), sources)
     return [base, *(with_weights(expert) if expert.is_adapter else expert for expert in experts)]
 
 
@@ -231,11 +232,3 @@ def output_dtype(recipe: Recipe, readers: list[RowReader]) -> torch.dtype:
     for other in dtypes:
         dtype = torch.promote_types(dtype, other)
     return dtype
-
-
-def _check_not_a_source(out: Path, sources: tuple[Source, ...]) -> None:
-    """The output must not replace a checkpoint that is read, nor a folder around it."""
-    for source in sources:
-        folder = source.folder.resolve()
-        if out.resolve() == folder or out.resolve() in folder.parents:
-            raise ValueError(f"the output folder {out} holds the checkpoint of {source.name} ({source.model})")

@@ -15,6 +15,7 @@ from conversion.io.staged_folder import (
     FILE_LIST,
     StagedFolder,
     check_disk_space,
+    check_not_a_source,
     check_target,
     free_bytes,
     leftover_bytes,
@@ -399,3 +400,15 @@ def test_no_room_is_one_clear_error_whoever_says_it(tmp_path):
     with pytest.raises(OSError, match="there is no room for the output") as raised, StagedFolder(tmp_path / "model"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert raised.value.filename == str(tmp_path / "model") and not list(tmp_path.iterdir())
+
+
+def test_a_target_is_no_folder_that_is_read(tmp_path):
+    """Neither one of them, also by another path, nor a folder around it; one inside or beside them may be."""
+    model = tmp_path / "models" / "base"
+    model.mkdir(parents=True)
+    folders = {"the expert": tmp_path / "expert", "the base": model}
+    for target in (model, model.parent, tmp_path, tmp_path / "models" / "new" / ".." / "base"):
+        with pytest.raises(ValueError, match="the output folder .* holds the (base|expert): choose another"):
+            check_not_a_source(target, folders)
+    for target in (model / "merged", tmp_path / "models" / "base-2"):
+        check_not_a_source(target, folders)
