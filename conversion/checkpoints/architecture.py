@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from conversion.checkpoints.tensor_names import by_parameter_name, match_names
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import CheckpointReader
 from conversion.io.sources import Source
 from conversion.io.weight_files import FLOAT_DTYPES, StoredTensor, read_headers
 from conversion.io.wording import first_names
@@ -66,7 +66,7 @@ def with_rows(shapes: dict[str, tuple[int, ...]], paths: tuple[str, ...], size: 
 
 def make_reader(
     source: Source, inner: PreTrainedModel, modules: ModuleMap, shapes: dict[str, tuple[int, ...]]
-) -> ExpertReader:
+) -> CheckpointReader:
     """Check one checkpoint's headers against the base architecture; the reader of its tensors."""
     try:
         stored = by_parameter_name(inner, read_headers(source.folder))
@@ -88,7 +88,7 @@ def make_reader(
     for name, tensor in tensors.items():
         _check_tensor(source, name, tensor, shapes[name])
     transposed = [f"{path}.weight" for path, module in modules.channel.items() if module.kind == "conv1d"]
-    return ExpertReader(source.name, tensors, transposed)
+    return CheckpointReader(source.name, tensors, transposed)
 
 
 def _check_tensor(source: Source, name: str, tensor: StoredTensor, shape: tuple[int, ...]) -> None:

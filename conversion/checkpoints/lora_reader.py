@@ -24,7 +24,7 @@ from conversion.channels.low_rank import BLOCK_ROWS, add_low_rank
 from conversion.checkpoints.adapter_config import AdapterConfig, compare_base_names, read_adapter_config
 from conversion.checkpoints.lora_patches import Patch, PatchBuilder, read_adapter
 from conversion.checkpoints.tensor_names import match_names
-from conversion.io.row_reader import BaseReader, ExpertReader
+from conversion.io.row_reader import BaseReader, CheckpointReader
 from conversion.io.sources import ADAPTER_CONFIG, Source
 from conversion.io.weight_files import StoredTensor
 from conversion.io.wording import first_names
@@ -58,7 +58,7 @@ class LoraReader:
         self._base = base.with_tensors(known)
         turned = {patch.tensors.embedding_up for patch in patches.values()}
         turned |= {patch.tensors.whole for parameter, patch in patches.items() if parameter in base.transposed}
-        self._adapter = ExpertReader(name, adapter, turned & adapter.keys())
+        self._adapter = CheckpointReader(name, adapter, turned & adapter.keys())
 
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter in the base's layout and dtype."""

@@ -11,7 +11,7 @@ import torch
 from conversion.checkpoints.architecture import base_architecture
 from conversion.io.foreign_files import foreign, read_model_config
 from conversion.io.model_files import check_file_name, drop_code_references
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import CheckpointReader
 from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.weight_files import FLOAT_DTYPES, read_headers
 from conversion.io.wording import first_names
@@ -76,7 +76,7 @@ class MergedCheckpoint:
         with foreign(f"{self.folder / 'config.json'}"):
             self.base_model, self.modules = base_architecture(self.config.text_config)
         self.tensors = read_headers(self.folder)
-        self.reader = ExpertReader(str(self.folder), self.tensors)
+        self.reader = CheckpointReader(str(self.folder), self.tensors)
         self._check_names()
         for path in self.modules.channel:
             self._check_rows(path)

@@ -1,7 +1,7 @@
 """Rows of one checkpoint's tensors, read when they are asked for: memory is bounded by the chunk.
 
 Rows of a parameter are read by the parameter's name in the base architecture, whatever the checkpoint calls it.
-`RowReader` is all that those who read need to know; `ExpertReader` reads the files of a checkpoint. Others read a
+`RowReader` is all that those who read need to know; `CheckpointReader` reads the files of a checkpoint. Others read a
 checkpoint through such a reader: by the merged vocabulary's channels (`VocabularyReader`), with an adapter
 (`LoraReader`), one expert of a merged one (`StoredExpertReader`).
 """
@@ -47,7 +47,7 @@ class BaseReader(RowReader, Protocol):
         """A reader of the same checkpoint that has these parameters."""
 
 
-class ExpertReader:
+class CheckpointReader:
     """Rows of one checkpoint's parameters, by their names in the base architecture.
 
     Several threads may read.
@@ -64,9 +64,9 @@ class ExpertReader:
         self.transposed = frozenset(transposed)
         self._files = OpenFiles()
 
-    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "ExpertReader":
+    def with_tensors(self, tensors: Mapping[str, StoredTensor]) -> "CheckpointReader":
         """A reader of its own with the same checkpoint's name and layout."""
-        return ExpertReader(self.name, tensors, self.transposed)
+        return CheckpointReader(self.name, tensors, self.transposed)
 
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter as it is stored, in its stored dtype."""

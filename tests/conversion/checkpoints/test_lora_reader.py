@@ -15,7 +15,7 @@ from conversion.channels.low_rank import BLOCK_ROWS
 from conversion.checkpoints.lora_reader import LoraReader
 from conversion.convert import convert
 from conversion.export import export_expert
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import CheckpointReader
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 
@@ -166,9 +166,9 @@ def test_chunks_change_no_bit(planned, kind):
 def test_a_chunk_reads_its_rows_and_not_the_matrix(planned, monkeypatch):
     plan, _, _ = planned("adapted-embeddings")
     reader, sizes = plan.readers[0], []
-    read_into = ExpertReader._read_into
+    read_into = CheckpointReader._read_into
     monkeypatch.setattr(
-        ExpertReader,
+        CheckpointReader,
         "_read_into",
         lambda self, tensor, buffer, offset: (sizes.append(buffer.nbytes), read_into(self, tensor, buffer, offset))[1],
     )

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from conversion.io.open_files import KEPT_OPEN
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import CheckpointReader
 from conversion.io.weight_files import read_header
 
 THREADS = 8
@@ -56,7 +56,7 @@ def way(request, monkeypatch):
 def test_threads_read_what_one_reads(make_shards, way):
     """Every thread reads all shards row by row, in an order of its own."""
     tensors, stored = make_shards(3)
-    reader = ExpertReader("e", stored)
+    reader = CheckpointReader("e", stored)
     together = threading.Barrier(THREADS)
 
     def read(thread):
@@ -75,7 +75,7 @@ def test_threads_read_what_one_reads(make_shards, way):
 def test_threads_read_one_file_at_once(make_shards, monkeypatch):
     """None waits for another: each is reading while all others are."""
     tensors, stored = make_shards(1)
-    reader, preadv, together = ExpertReader("e", stored), os.preadv, threading.Barrier(THREADS)
+    reader, preadv, together = CheckpointReader("e", stored), os.preadv, threading.Barrier(THREADS)
 
     def read_at(*args):
         together.wait(timeout=60)
@@ -90,7 +90,7 @@ def test_threads_read_one_file_at_once(make_shards, monkeypatch):
 
 def test_a_read_that_gives_less_than_asked_goes_on(make_shards, monkeypatch):
     tensors, stored = make_shards(1)
-    reader = ExpertReader("e", stored)
+    reader = CheckpointReader("e", stored)
     if hasattr(os, "preadv"):
         preadv = os.preadv
         monkeypatch.setattr(os, "preadv", lambda file, views, offset: preadv(file, [views[0][:7]], offset))
@@ -102,7 +102,7 @@ def test_a_read_that_gives_less_than_asked_goes_on(make_shards, monkeypatch):
 def test_few_files_stay_open(make_shards, num_open, way):
     """Of 100 checkpoints that are read in turns; after `close` none, and a closed reader reads on."""
     tensors, stored = make_shards(100)
-    readers = {name: ExpertReader("e", {name: stored[name]}) for name in tensors}
+    readers = {name: CheckpointReader("e", {name: stored[name]}) for name in tensors}
     for start in (0, 20):
         for name, reader in readers.items():
             assert torch.equal(reader.read_rows(name, start, start + 20), tensors[name][start : start + 20])
@@ -119,7 +119,7 @@ def test_few_files_stay_open(make_shards, num_open, way):
 def test_what_is_being_read_is_not_closed(make_shards, num_open, monkeypatch):
     """Neither by `close` nor for other files that are opened meanwhile."""
     tensors, stored = make_shards(KEPT_OPEN + 2)
-    reader, others = ExpertReader("e", stored), ExpertReader("other", stored)
+    reader, others = CheckpointReader("e", stored), CheckpointReader("other", stored)
     preadv = os.preadv
 
     def read_late(file, views, offset):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from conversion.convert import convert
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import CheckpointReader
 from conversion.io.weight_files import read_header, read_headers
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
@@ -40,7 +40,7 @@ def sharded(tmp_path, tensors):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7])
 def test_row_chunks_put_together_are_the_tensor(sharded, tensors, chunk):
-    reader = ExpertReader("e", read_headers(sharded))
+    reader = CheckpointReader("e", read_headers(sharded))
     for name, tensor in tensors.items():
         assert reader.tensors[name].dtype == tensor.dtype
         rows = len(tensor)
@@ -52,7 +52,7 @@ def test_row_chunks_put_together_are_the_tensor(sharded, tensors, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_a_transposed_matrix_is_read_as_rows(sharded, tensors, chunk):
-    reader = ExpertReader("e", read_headers(sharded), transposed=["a.weight"])
+    reader = CheckpointReader("e", read_headers(sharded), transposed=["a.weight"])
     parts = [reader.read_rows("a.weight", start, min(start + chunk, 3)) for start in range(0, 3, chunk)]
     assert torch.equal(torch.cat(parts), tensors["a.weight"].T)
     reader.close()
@@ -83,7 +83,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path, tensors):
     file = tmp_path / "model.safetensors"
     save_file(tensors, file)
-    reader = ExpertReader("math", read_headers(tmp_path))
+    reader = CheckpointReader("math", read_headers(tmp_path))
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(ValueError, match="math: .* ended 8 bytes early"):
         for name in tensors:
@@ -140,7 +140,7 @@ def save_pickled(tensors, folder, shards=1):
 def test_a_pickled_checkpoint_reads_as_its_tensors(tmp_path, tensors, shards, chunk):
     stack = torch.arange(24.0).view(4, 6)
     tensors |= {"view.weight": stack[1:3], "tied.weight": tensors["a.weight"], "grad": torch.nn.Parameter(stack[0])}
-    reader = ExpertReader("e", read_headers(save_pickled(tensors, tmp_path, shards)))
+    reader = CheckpointReader("e", read_headers(save_pickled(tensors, tmp_path, shards)))
     assert reader.tensors.keys() == tensors.keys()
     for name, tensor in tensors.items():
         stored = reader.tensors[name]
@@ -164,7 +164,7 @@ def test_pickled_models_convert_to_the_same_bytes(make_experts, write_recipe, tm
     convert(recipe, tmp_path / "a", progress=False)
     for folder in (base, *experts):
         file = folder / "model.safetensors"
-        reader = ExpertReader("e", read_header(file))
+        reader = CheckpointReader("e", read_header(file))
         save_pickled({name: reader.read(name) for name in reader.tensors}, folder, shards)
         reader.close()
         file.unlink()
@@ -202,7 +202,7 @@ def test_pickles_of_something_else_are_refused(tmp_path, tensors, content, messa
 
 def test_a_pickle_of_integers_is_named_by_its_dtype(make_experts, write_recipe):
     base, experts = make_experts("llama", 1)
-    reader = ExpertReader("e", read_header(experts[0] / "model.safetensors"))
+    reader = CheckpointReader("e", read_header(experts[0] / "model.safetensors"))
     values = {name: reader.read(name) for name in reader.tensors}
     reader.close()
     save_pickled({**values, "lm_head.weight": torch.zeros(259, 24, dtype=torch.int8)}, experts[0])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conversion.convert import convert
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import CheckpointReader
 from conversion.merging import dry_run
 from conversion.merging.dry_run import plan_conversion, plan_tables
 from conversion.merging.memory_budget import CHUNK_BYTES, held_bytes, plan_memory
@@ -55,7 +55,7 @@ def no_data(monkeypatch):
     def refuse(*args):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(ExpertReader, "_read_into", refuse)
+    monkeypatch.setattr(CheckpointReader, "_read_into", refuse)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="files are not sparse by themselves")

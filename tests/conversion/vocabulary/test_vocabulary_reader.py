@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conversion.io.row_reader import ExpertReader
+from conversion.io.row_reader import CheckpointReader
 from conversion.io.weight_files import read_headers
 from conversion.vocabulary.vocabulary_reader import MEAN_ROWS, VocabularyReader
 
@@ -21,7 +21,7 @@ def tensors():
 @pytest.fixture
 def reader(tmp_path, tensors):
     save_file(tensors, tmp_path / "model.safetensors")
-    reader = ExpertReader("math", read_headers(tmp_path))
+    reader = CheckpointReader("math", read_headers(tmp_path))
     yield reader
     reader.close()
 
@@ -57,7 +57,7 @@ def test_the_mean_of_many_rows(tmp_path):
     """Over several steps, and the last one short."""
     values = torch.randn(2 * MEAN_ROWS + 7, 2, generator=torch.Generator().manual_seed(1))
     save_file({"embed.weight": values}, tmp_path / "model.safetensors")
-    reader = ExpertReader("base", read_headers(tmp_path))
+    reader = CheckpointReader("base", read_headers(tmp_path))
     tokens = torch.arange(3, 2 * MEAN_ROWS + 2)
     mean = VocabularyReader(reader, ["embed.weight"], torch.tensor([-1]), tokens).mean_row("embed.weight")
     reader.close()
