@@ -13,6 +13,7 @@ from conversion.hub.source_card import NOT_STATED, SourceCard, read_card
 from conversion.hub.vocabulary_section import vocabulary_section
 from conversion.io import markdown
 from conversion.io.model_files import CARD_FILE, REPORT_FILE, read_config_file
+from conversion.io.options import format_share
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def _source_table(report: Mapping[str, Any], cards: list[SourceCard]) -> str:
     rows = [("base", report["base_model"], "-", "-")]
     for record in report["experts"]:
         name = record["name"]
-        rows.append((f"`{name}`", record, weights[name], _share(report["relative_errors"][name])))
+        rows.append((f"`{name}`", record, weights[name], format_share(report["relative_errors"][name])))
     return markdown.table(
         ["expert", "model", "revision", "licence", "languages", "weight", "relative error"],
         [
@@ -292,7 +293,3 @@ def _without_folder(model: str) -> str:
     """A model as older reports have it, without where on its author's machine it lay."""
     path = Path(model)
     return path.name if path.is_absolute() or model.startswith((".", "~")) else model
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"

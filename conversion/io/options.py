@@ -1,4 +1,4 @@
-"""What the commands' options say, and numbers as a reader wants them: sizes, counts, devices."""
+"""What the commands' options say, and numbers as a reader wants them: sizes, counts, shares, devices."""
 
 import torch
 
@@ -36,6 +36,11 @@ def format_count(count: int) -> str:
         if count >= max(size, 10**4):
             return f"{count / size:.4g} {unit}"
     return f"{count:,}"
+
+
+def format_share(value: float | None) -> str:
+    """A share as a percentage; "-" for None."""
+    return "-" if value is None else f"{value:.1%}"
 
 
 def find_device(device: str | None) -> torch.device:

@@ -27,6 +27,7 @@ from conversion.io.foreign_files import foreign
 from conversion.io.row_reader import RowReader
 from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.staged_folder import check_not_a_source, check_target
+from conversion.io.weight_files import dtype_text
 from conversion.merging.recipe import Recipe
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
 from conversion.vocabulary.own_vocabulary import read_vocabulary
@@ -193,7 +194,7 @@ def open_readers(recipe: Recipe, checked: Checked) -> Plan:
         readers.append(by_channels(reader, paths, vocabulary, channels))
     dtype = output_dtype(recipe, [base_reader, *readers])
     return Plan(
-        recipe=recipe.with_dtype(str(dtype).removeprefix("torch.")),
+        recipe=recipe.with_dtype(dtype_text(dtype)),
         base=base,
         experts=tuple(experts),
         text_config=checked.text_config,

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from conversion.io import markdown
+from conversion.io.options import format_share
 from conversion.io.wording import first_names
 from conversion.router.metrics import MIN_CALIBRATION_QUERIES
 
@@ -19,17 +20,12 @@ ROUTER_SECTION = "## Router"
 OTHER_DATA = "generator"  # what the Hub calls data that are not one of its datasets
 
 
-def share(value: float | None) -> str:
-    """A share for a reader."""
-    return "-" if value is None else f"{value:.1%}"
-
-
 def confusion_rows(metrics: dict[str, Any], picked: str = "picked ") -> tuple[list[str], list[list[str]]]:
     """Head and rows of the confusion matrix; `picked` stands before the columns' names."""
     names = metrics["expert_names"]
     head = ["right expert", *(f"{picked}{name}" for name in names), "recall"]
     matrix = metrics["confusion_matrix"]
-    return head, [[name, *map(str, row), share(metrics["recall"][name])] for name, row in zip(names, matrix)]
+    return head, [[name, *map(str, row), format_share(metrics["recall"][name])] for name, row in zip(names, matrix)]
 
 
 def source_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -39,7 +35,15 @@ def source_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for source, values in sources[:MAX_SOURCES]:
         picked = sorted(values["picked"].items(), key=lambda item: -item[1])
         text = ", ".join(f"{name} {count}" for name, count in picked if count)
-        rows.append([source, f"{values['queries']:,}", share(values["accuracy"]), share(values["probability"]), text])
+        rows.append(
+            [
+                source,
+                f"{values['queries']:,}",
+                format_share(values["accuracy"]),
+                format_share(values["probability"]),
+                text,
+            ]
+        )
     if more := len(sources) - len(rows):
         rows.append([f"{more} more, see {METRICS_FILE}", "", "", "", ""])
     return ["source", "queries", "accuracy", "mean probability", "picked"], rows
@@ -48,7 +52,7 @@ def source_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def threshold_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of thresholds."""
     keys = ("coverage", "accuracy", "accuracy_with_default")
-    rows = [[f"{row['threshold']:g}", *(share(row[key]) for key in keys)] for row in metrics["thresholds"]]
+    rows = [[f"{row['threshold']:g}", *(format_share(row[key]) for key in keys)] for row in metrics["thresholds"]]
     return ["threshold", "router decides", "right of those", "right of all, the rest to the default"], rows
 
 
