@@ -16,7 +16,6 @@ of its own where the adapter made them differ.
 Shapes: B batch, O channels, I inputs, r rank.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +27,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from conversion.checkpoints.adapter_config import MERGED_EXPERT, changed_settings
+from conversion.io.foreign_files import foreign, read_json
 from conversion.io.sources import ADAPTER_CONFIG
 
 TASK_TYPE = "CAUSAL_LM"
@@ -149,10 +149,8 @@ def adapt_expert(model: nn.Module, expert: str, adapter: LoraConfig | str | Path
 
 def read_lora_config(folder: Path, expert: str) -> LoraConfig:
     """The settings of an adapter of this expert."""
-    try:
-        values = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{ADAPTER_CONFIG} of {folder} cannot be read") from None
+    with foreign(f"{ADAPTER_CONFIG} of {folder} cannot be read"):
+        values = read_json(folder / ADAPTER_CONFIG)
     adapted = values.get(MERGED_EXPERT)
     if adapted != expert:
         whose = "a base model" if adapted is None else f"the expert {adapted!r}"

@@ -301,6 +301,16 @@ def test_an_adapter_knows_its_expert(stored, adapter, write_recipe, make_experts
         make_plan(parse_recipe(write_recipe(base, [adapter, *experts])))
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "{", None])
+def test_a_config_that_is_none_is_one_line(stored, tmp_path, text):
+    """`[]` is JSON and no object; without a file nothing can be read."""
+    if text is not None:
+        (tmp_path / "adapter_config.json").write_text(text)
+    model = AutoModelForCausalLM.from_pretrained(stored.folder)
+    with pytest.raises(ValueError, match="adapter_config.json of .* cannot be read: [^\n]+$"):
+        adapt_expert(model, "math", tmp_path)
+
+
 def test_an_adapter_of_another_checkpoint_is_refused(write_checkpoint, adapter, tmp_path, caplog):
     other = write_checkpoint(tmp_path / "other", expert_names=("law", "medical"))
     with pytest.raises(ValueError, match="adapts the expert 'math', but .* has .*law"):
