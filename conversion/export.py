@@ -17,7 +17,7 @@ from conversion.checkpoints.tensor_names import stored_names
 from conversion.io.model_files import COMPANION_FILES, EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, copy_files
 from conversion.io.shard_writer import ShardWriter, TensorSpec
 from conversion.io.sources import check_unchanged
-from conversion.io.staged_folder import StagedFolder, check_target
+from conversion.io.staged_folder import StagedFolder, check_not_a_source, check_target
 from conversion.vocabulary.own_vocabulary import SPECIAL_IDS
 from modeling_channel_merged.channel_ops import ExpertRuns, expert_runs
 
@@ -30,11 +30,13 @@ def export_expert(
     """Write the expert named `expert` to the folder `out`, which appears only when it is complete.
 
     Raises:
-        ValueError: no channel-merged checkpoint, no such expert, a damaged index, or a non-empty `out`.
+        ValueError: no channel-merged checkpoint, no such expert, a damaged index, or an `out` that is not empty or
+            holds the checkpoint.
     """
     out = Path(out)
     check_target(out, overwrite)
     with MergedCheckpoint(checkpoint) as merged:
+        check_not_a_source(out, {"the checkpoint that is read": merged.folder})
         ExpertExport(merged, expert).write(out, overwrite, max_shard_size)
 
 

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_REFUSAL = 1000  # characters: the Hub's advice stands at the end
 GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own: which files are large
-IGNORED_FILES = ["*.py[co]", "**/__pycache__/**", ".*", "**/.*"]
+# Also what the Trainer keeps beside a model: its state for going on, with pickles and local paths, and its logs.
+IGNORED_FILES = ["*.py[co]", "**/__pycache__/**", ".*", "**/.*", "checkpoint-*/**", "runs/**", "training_args.bin"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,12 @@ def push_checkpoint(
     try:
         url = api.create_repo(repo_id, private=private, repo_type="model", exist_ok=True)
         # Not upload_folder: it may make several commits, and between them the repository would mix two checkpoints.
+        there = api.model_info(url.repo_id)
         commit = api.create_commit(
             url.repo_id,
-            commit_operations(folder, api.list_repo_files(url.repo_id)),
+            commit_operations(folder, [file.rfilename for file in there.siblings or ()]),
             commit_message=message or "Upload a channel-merged model",
+            parent_commit=there.sha,  # refused where somebody else has pushed since
         )
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub refused {repo_id}: {one_line(error, MAX_REFUSAL)}") from None

@@ -127,7 +127,7 @@ def train_router(
         logging.getLogger("conversion").setLevel(logging.ERROR)
     (source, config), out = whole_checkpoint(args.checkpoint), Path(training_args.output_dir)
     folder, resume = source.folder, training_args.resume_from_checkpoint
-    overwrite = args.overwrite or bool(resume)
+    overwrite = args.overwrite or resume is True  # which goes on from the output itself
     if args.max_length is not None:
         config.router["max_tokens"] = args.max_length
     if args.threshold is not None:

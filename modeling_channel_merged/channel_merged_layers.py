@@ -146,7 +146,8 @@ class ChannelMergedLinear(ChannelIndexed):
         """Derive what follows from `channel_index` again if it is another tensor or was written to since.
 
         torch.compile runs this while it traces, and traces anew after a change by an assignment, `load_state_dict` or
-        a move. It does not see the index written to in place: the next call without it does.
+        a move. It does not see the index written to in place: the next call without it does. Nobody sees what is
+        written past autograd, to `channel_index.data` or to a tensor of inference mode: assign a new tensor instead.
 
         Returns:
             False on the meta device, where there is nothing to derive.

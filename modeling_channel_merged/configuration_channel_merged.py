@@ -16,6 +16,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_channel_merged.ChannelMergedForCausalLM",
 }
 
+MAX_LAYERS = 1024  # far beyond any model, far below what would take for ever to build
 MAX_EXPERTS = 62  # the owners of a row are bits of an int64
 POOLINGS = ("mean", "last")
 ROUTER_FEATURES = ("trunk_and_ngrams", "trunk")
@@ -63,10 +64,14 @@ class ChannelMergedConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        text_config = self.text_config if isinstance(self.text_config, dict) else vars(self.text_config or self)
+        layers = text_config.get("num_hidden_layers") or 0
+        if isinstance(layers, int) and layers > MAX_LAYERS:  # before as many are listed
+            raise ValueError(f"text_config.num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
         super().__post_init__(**kwargs)
-        if not 1 <= self.format_version <= FORMAT_VERSION:
+        if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
-                f"format_version is {self.format_version}, but this code reads versions 1 to {FORMAT_VERSION}: "
+                f"format_version is {self.format_version!r}, but this code reads versions 1 to {FORMAT_VERSION}: "
                 "load it with the checkpoint's own code files (trust_remote_code=True) or update channel-merged"
             )
         features = "trunk" if self.format_version == 1 else "trunk_and_ngrams"
@@ -77,6 +82,9 @@ class ChannelMergedConfig(PreTrainedConfig):
             self.expert_names = [f"expert_{expert}" for expert in range(self.num_experts or 2)]
         if self.num_experts is None:
             self.num_experts = len(self.expert_names)
+        for key in ("rows", "router", "expert_vocabularies", "merge"):
+            if not isinstance(getattr(self, key) or {}, dict):
+                raise ValueError(f"{key} is {getattr(self, key)!r:.50}, expected names and values")
         self.rows = dict(self.rows or {})
         self.router = {
             "layers": max(1, self.text_config.num_hidden_layers // 10),
@@ -110,10 +118,13 @@ class ChannelMergedConfig(PreTrainedConfig):
         for key in ("trunk_expert", "default_expert"):
             if self.router[key] not in names:
                 raise ValueError(f"router.{key} is {self.router[key]!r}, expected one of {names}")
+        for path, num_rows in self.rows.items():
+            if type(num_rows) is not int or num_rows < 1:
+                raise ValueError(f"rows[{path!r}] is {num_rows!r}, expected a number of rows")
         num_layers = self.text_config.num_hidden_layers
-        if not 1 <= self.router["layers"] <= num_layers:
+        if type(self.router["layers"]) is not int or not 1 <= self.router["layers"] <= num_layers:
             raise ValueError(
-                f"router.layers is {self.router['layers']}, expected 1 to {num_layers} (num_hidden_layers)"
+                f"router.layers is {self.router['layers']!r}, expected 1 to {num_layers} (num_hidden_layers)"
             )
         if self.router["pooling"] not in POOLINGS:
             raise ValueError(f"router.pooling is {self.router['pooling']!r}, expected one of {POOLINGS}")
@@ -133,10 +144,16 @@ class ChannelMergedConfig(PreTrainedConfig):
                     f"expert_vocabularies[{name!r}] has {size} of {vocabulary['size']} ids below {end}, expected an "
                     f"expert of {names} and ids of the merged vocabulary of {self.vocab_size}, each in one run"
                 )
+        ends = self.expert_eos_token_ids or {}
+        if not isinstance(ends, dict) or any(
+            not isinstance(tokens, list) or any(type(token) is not int for token in tokens) for tokens in ends.values()
+        ):
+            raise ValueError(f"expert_eos_token_ids is {ends!r:.100}, expected a list of token ids for each expert")
         if self.expert_eos_token_ids is not None and set(self.expert_eos_token_ids) != set(names):
             raise ValueError(f"expert_eos_token_ids is of {sorted(self.expert_eos_token_ids)}, expected of {names}")
-        if not 0 <= self.router["threshold"] <= 1:
-            raise ValueError(f"router.threshold is {self.router['threshold']}, expected a probability in [0, 1]")
+        threshold = self.router["threshold"]
+        if not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+            raise ValueError(f"router.threshold is {threshold!r}, expected a probability in [0, 1]")
         if not isinstance(max_tokens := self.router["max_tokens"], int) or max_tokens < 1:
             raise ValueError(f"router.max_tokens is {max_tokens!r}, expected a number of at least 1")
         if self.router["context"] not in CONTEXTS:

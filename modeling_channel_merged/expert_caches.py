@@ -39,7 +39,11 @@ class BatchExperts:
 
     def came_from(self, expert_index) -> bool:
         """Whether `expert_index` is the tensor that named them, unchanged."""
-        return self.given is not None and expert_index is self.given[0] and _version(expert_index) == self.given[1]
+        if self.given is None or expert_index is not self.given[0]:
+            return False
+        if expert_index.is_inference() and expert_index.device.type == "cpu":  # no version says; a look is free
+            return tuple(expert_index.tolist()) == self.rows
+        return _version(expert_index) == self.given[1]
 
     def selected(self, indices) -> "BatchExperts":
         """Of some rows, by whatever indexes a tensor's first dimension."""
@@ -134,6 +138,16 @@ def experts_of_cache(past_key_values: Cache | None) -> BatchExperts | None:
     length = past_key_values.get_seq_length()
     # A static cache counts on its device; `reset`, which alone empties it, has forgotten the experts.
     return experts if isinstance(length, torch.Tensor) or length > 0 else None
+
+
+def check_not_filled(past_key_values: Cache | None):
+    """ValueError for a filled cache that knows no experts, before the router guesses some from a part of the text."""
+    if past_key_values is not None and experts_of_cache(past_key_values) is None:
+        if not torch.compiler.is_dynamo_compiling() and int(past_key_values.get_seq_length()) > 0:
+            raise ValueError(
+                "past_key_values is filled, but does not know by which experts, as after a compiled call: give them "
+                "as expert_index"
+            )
 
 
 def empty_cache(past_key_values: Cache):

@@ -13,7 +13,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedTok
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .expert_caches import BatchExperts, empty_cache, experts_of_cache
+from .expert_caches import BatchExperts, check_not_filled, empty_cache, experts_of_cache
 from .expert_stopping import ExpertEosCriteria
 from .model_outputs import RouterOutput
 from .router_inputs import router_messages
@@ -131,6 +131,8 @@ class ExpertGenerationMixin(GenerationMixin):
         inputs = input_ids if embeds is None else embeds
         cached = experts_of_cache(cache)
         whole = embeds is not None or call.mask_length in (None, inputs.shape[1])
+        if expert_index is None:
+            check_not_filled(cache)
         if expert_index is not None:
             call.routing = RouterOutput(expert_index=self.expert_ids(expert_index, len(inputs), inputs.device))
         elif cached is not None and (call.is_assistant or not (whole or call.router_inputs)):

@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.utils import logging
 
 from .active_experts import ActiveExperts, activate, active_or_none
-from .expert_caches import BatchExperts, experts_of_cache
+from .expert_caches import BatchExperts, check_not_filled, experts_of_cache
 from .model_outputs import RouterOutput
 from .router_inputs import check_router_mask, shorten
 
@@ -247,6 +247,7 @@ class ExpertRoutingMixin:
             given = expert_index if isinstance(expert_index, torch.Tensor) else None
             experts = BatchExperts.of_rows(self._expert_rows(expert_index, len(inputs)), inputs.device, given)
         else:
+            check_not_filled(past_key_values)
             routing = self._route(input_ids, attention_mask, inputs_embeds)
             experts = BatchExperts.of_rows(routing.expert_index.tolist(), inputs.device, routing.expert_index)
             router_logits = routing.logits

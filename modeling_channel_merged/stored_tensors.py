@@ -47,8 +47,8 @@ def may_miss_tokens(config: ChannelMergedConfig) -> torch.BoolTensor:
 
 def check_shard_names(weight_map: Mapping[str, str], index: str):
     """Raise ValueError if an index of shards names a file that is not beside it."""
-    if not isinstance(weight_map, Mapping):
-        raise ValueError(f"{index}: weight_map is a {type(weight_map).__name__}, expected tensor names and file names")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise ValueError(f"{index}: weight_map is {weight_map!r:.50}, expected tensor names and file names")
     for tensor, file in weight_map.items():
         if not isinstance(file, str) or not file or file in (".", "..") or re.search(r"[/\\\0]", file):
             raise ValueError(f"{index}: weight_map has {file!r} for {tensor}, expected the name of a file beside it")
@@ -57,7 +57,10 @@ def check_shard_names(weight_map: Mapping[str, str], index: str):
 def check_stored_tensors(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, files: list[str] | None, load_config
 ):
-    """Raise ValueError before data are read: an index that is not int32, rows of unknown modules, misplaced shards.
+    """Raise ValueError before data are read.
+
+    For an index that is not int32, rows that are no floats, rows of unknown modules or none of a known one, and
+    misplaced shards.
 
     Args:
         model: what is loaded, without its data.
@@ -65,8 +68,10 @@ def check_stored_tensors(
         load_config: Transformers' own, with the index of shards, if there is one.
     """
     if state_dict is not None:
-        _check_headers("the state dict", state_dict, model)
+        _check_headers("the state dict", state_dict, model, quantized=False)
         return
+    quantized = getattr(load_config, "hf_quantizer", None) is not None
+    stored = set()
     weight_map = (load_config.sharded_metadata or {}).get("weight_map")
     if weight_map is not None:
         check_shard_names(weight_map, f"{load_config.pretrained_model_name_or_path}")
@@ -77,13 +82,20 @@ def check_stored_tensors(
             raise
         except Exception as error:  # the reader's own class, which is no ValueError
             raise ValueError(f"{file} is damaged: {' '.join(str(error).split())}") from None
-        _check_headers(file, headers, model)
+        stored |= _check_headers(file, headers, model, quantized)
         for name in headers if weight_map is not None else ():
             if weight_map.get(name) != os.path.basename(file):
                 raise ValueError(f"{file} holds {name}, expected in {weight_map.get(name)!r} by the index of shards")
+    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    owners = {name for name, _ in model.named_modules() if MERGED_TENSOR.fullmatch(f"{name}.")}
+    if files and (missing := sorted(owners - stored - tied)):
+        place = load_config.pretrained_model_name_or_path
+        raise ValueError(f"{place} holds no tensor of {missing[0]}: the checkpoint is damaged")
 
 
-def _check_headers(file: str, headers: Mapping[str, torch.Tensor], model: nn.Module):
+def _check_headers(file: str, headers: Mapping[str, torch.Tensor], model: nn.Module, quantized: bool) -> set[str]:
+    """Check one file's tensors; returns the modules that they are of."""
+    stored = set()
     modules = {name for name, _ in model.named_modules()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name, tensor in headers.items():
@@ -93,6 +105,10 @@ def _check_headers(file: str, headers: Mapping[str, torch.Tensor], model: nn.Mod
             raise ValueError(f"{file}: {name} is of no module of the model: the checkpoint is damaged")
         if merged["indexed"] and tensor.dtype != torch.int32:
             raise ValueError(f"{file}: {name} is {tensor.dtype}, expected torch.int32: the checkpoint is damaged")
+        if merged["owner"] and not (quantized or tensor.is_floating_point()):
+            raise ValueError(f"{file}: {name} is {tensor.dtype}, expected floats: the checkpoint is damaged")
+        stored.add(merged["owner"])
+    return stored
 
 
 __all__ = ["check_index_values", "check_shard_names", "check_stored_tensors", "may_miss_tokens"]

@@ -149,6 +149,10 @@ class MergedCheckpoint:
         return self.base_model.get_submodule(path)
 
     def _check_names(self) -> None:
+        if unknown := sorted(self.config.rows.keys() - self.modules.channel.keys()):
+            raise ValueError(
+                f"{self.folder}: rows of config.json names no module of the model: {first_names(unknown, 3)}"
+            )
         expected = set(self.tensor_names())
         for path in self.modules.channel:
             if f"model.{path}.channel_index" not in self.tensors:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from conversion.io.foreign_files import check_token_ids, foreign, read_json
@@ -154,6 +154,8 @@ def find_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase | None:
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """A folder's tokenizer by Transformers' own classes, whatever code its files name."""
+    if (file := folder / "tokenizer.json").exists():
+        Tokenizer.from_file(str(file))  # an error where it is none: Transformers makes an empty tokenizer of that
     if "auto_map" not in read_config_file(folder / TOKENIZER_CONFIG):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as copy:

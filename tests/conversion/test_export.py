@@ -144,6 +144,17 @@ def test_output_folder(stored, tmp_path):
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("place", [".", ".."])
+def test_an_export_over_its_own_checkpoint_is_refused(stored, place):
+    """Also with overwrite: the other experts and the router would be gone."""
+    before = {file.name: file.read_bytes() for file in stored.folder.iterdir() if file.is_file()}
+    with pytest.raises(ValueError, match="holds the checkpoint that is read: choose another|is not overwritten"):
+        export_expert(stored.folder, "math", stored.folder / place, overwrite=True)
+    with pytest.raises(ValueError):
+        export_expert(stored.folder, "math", stored.folder)
+    assert {file.name: file.read_bytes() for file in stored.folder.iterdir() if file.is_file()} == before
+
+
 def test_unknown_expert_lists_the_known_ones(stored, tmp_path):
     with pytest.raises(ValueError, match=r"'maths'.*'instruct', 'math', 'code'"):
         export_expert(stored.folder, "maths", tmp_path / "out")

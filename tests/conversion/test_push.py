@@ -21,6 +21,10 @@ class Address(str):
     repo_id = "somebody/merged"
 
 
+def repository(*files):
+    return SimpleNamespace(sha="before", siblings=[SimpleNamespace(rfilename=file) for file in files])
+
+
 @pytest.fixture
 def hub(monkeypatch):
     """Calls of the Hub's client instead of the Hub: (name, arguments), in order."""
@@ -35,7 +39,7 @@ def hub(monkeypatch):
         return SimpleNamespace(oid=COMMIT)
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: [".gitattributes"])
+    monkeypatch.setattr(HfApi, "model_info", lambda self, repo_id: repository(".gitattributes"))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     return calls
 
@@ -73,11 +77,27 @@ def test_a_checkpoint_is_created_and_uploaded(hub, merged):
         assert (merged / part.path_in_repo).read_bytes() == Path(part.path_or_fileobj).read_bytes()
 
 
+def test_what_the_trainer_keeps_stays_here(hub, merged):
+    """Its state for going on has pickles and local paths, its logs the machine's name."""
+    for name in (
+        "checkpoint-3/optimizer.pt",
+        "checkpoint-3/training_args.bin",
+        "runs/today/events",
+        "training_args.bin",
+    ):
+        (merged / name).parent.mkdir(parents=True, exist_ok=True)
+        (merged / name).write_text("")
+    push_checkpoint(merged, "somebody/merged")
+    added = names(hub[1][1]["operations"], CommitOperationAdd)
+    assert "model.safetensors" in added and not [name for name in added if "checkpoint" in name or "training" in name]
+    assert "runs/now/events" not in added
+
+
 def test_one_commit_deletes_what_the_new_checkpoint_does_not_have(hub, merged, monkeypatch, caplog):
     """An old model.safetensors beside new shards is what Transformers would load; the history keeps the old files."""
     old = [".gitattributes", "config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
     old += ["experts/old/tokenizer.json", "pytorch_model.bin", "README.md"]
-    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, repo_id: list(old))
+    monkeypatch.setattr(HfApi, "model_info", lambda self, repo_id: repository(*old))
     with caplog.at_level("INFO", logger="conversion"):
         push_checkpoint(merged, "somebody/merged")
     _, (_, committed) = hub
@@ -89,10 +109,11 @@ def test_one_commit_deletes_what_the_new_checkpoint_does_not_have(hub, merged, m
         "pytorch_model.bin",
     }
     assert all(name in caplog.text for name in deleted)
+    assert committed["parent_commit"] == "before"  # the Hub refuses a commit beside another one
     assert not deleted & names(committed["operations"], CommitOperationAdd)
 
 
-@pytest.mark.parametrize("call", ["create_repo", "list_repo_files", "create_commit"])
+@pytest.mark.parametrize("call", ["create_repo", "model_info", "create_commit"])
 @pytest.mark.parametrize("error", [OSError("connection lost"), KeyboardInterrupt()], ids=["network", "ctrl-c"])
 def test_a_push_that_fails_changes_nothing_here(hub, merged, monkeypatch, call, error):
     """And given again it makes the same calls."""

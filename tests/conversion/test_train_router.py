@@ -399,6 +399,16 @@ def test_a_checkpoint_that_changes_during_training_is_not_mixed(stored, train, t
     assert not (tmp_path / "routed").exists()
 
 
+def test_a_model_is_replaced_only_when_asked(train, tmp_path):
+    """Going on from a checkpoint elsewhere does not ask for it; from the output's own last one it does."""
+    saving = ("--save-strategy", "steps", "--save-steps", "1", "--max-steps", "1")
+    train(*saving, out="first")
+    before = (tmp_path / "first" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is not empty: choose another, or replace a model with --overwrite"):
+        train(*saving, "--resume-from-checkpoint", str(tmp_path / "first" / "checkpoint-1"), out="first")
+    assert (tmp_path / "first" / "model.safetensors").read_bytes() == before
+
+
 def test_nothing_to_go_on_from_is_said(train):
     with pytest.raises(ValueError, match="there is no checkpoint-\\* of the same training to go on from"):
         train("--resume-from-checkpoint", "true")

@@ -26,6 +26,18 @@ def make(**kwargs):
         ({"expert_names": ["a", "b"], "router": {"features": "tokens"}}, "router.features is 'tokens', expected"),
         ({"expert_names": ["a", "b"], "router": {"temperature": 0}}, "router.temperature is 0, expected"),
         ({"expert_names": ["a", "b"], "format_version": 99}, "format_version is 99"),
+        ({"expert_names": ["a", "b"], "format_version": "1"}, "format_version is '1'"),
+        ({"expert_names": ["a", "b"], "router": ["x"]}, r"router is \['x'\], expected names and values"),
+        ({"expert_names": ["a", "b"], "router": {"layers": "1"}}, "router.layers is '1', expected 1 to 4"),
+        ({"expert_names": ["a", "b"], "router": {"threshold": "a"}}, "router.threshold is 'a', expected a prob"),
+        (
+            {"expert_names": ["a", "b"], "rows": {"lm_head": "x"}},
+            r"rows\['lm_head'\] is 'x', expected a number of rows",
+        ),
+        (
+            {"expert_names": ["a", "b"], "expert_eos_token_ids": {"a": "x", "b": [2]}},
+            "expert_eos_token_ids is {'a': 'x'",
+        ),
         ({"expert_names": ["a", "b"], "format_version": 0}, "format_version is 0, .* reads versions 1 to 2"),
         (
             {"expert_names": ["a", "b"], "expert_vocabularies": {"c": {"size": 2, "runs": [[0, 2]]}}},

@@ -158,3 +158,29 @@ def test_an_index_that_was_written_to_is_read_again(llama_model, prompts):
     with pytest.raises(ValueError, match="row 0 asks for expert 'math'"):
         llama_model(prompts[:, :1], past_key_values=cache, expert_index=index)
     assert llama_model(prompts[:, :1], past_key_values=cache).expert_index.tolist() == [2, 0, 1]
+
+
+@torch.no_grad()
+def test_a_cache_that_a_compiled_call_filled_is_not_routed(llama_model, prompts):
+    """The router would choose by the new tokens alone, and read another expert's keys."""
+    cache = DynamicCache()
+    compiled = torch.compile(llama_model, backend="eager", fullgraph=True)
+    logits = compiled(prompts, expert_index=1, past_key_values=cache).logits
+    token = logits[:, -1:].argmax(-1)
+    for call in (llama_model, llama_model.generate):
+        with pytest.raises(ValueError, match="does not know by which experts.*give them as expert_index"):
+            call(token, past_key_values=cache)
+    expected = llama_model(torch.cat([prompts, token], dim=1), expert_index=1).logits[:, -1:]
+    output = llama_model(token, past_key_values=cache, expert_index=1)
+    torch.testing.assert_close(output.logits, expected)
+
+
+def test_experts_of_inference_mode_are_looked_at(llama_model, prompts):
+    """Such tensors count no versions: what names the experts may have changed in place."""
+    with torch.inference_mode():
+        cache, experts = DynamicCache(), torch.tensor([0, 1, 2])
+        token = llama_model(prompts, expert_index=experts, past_key_values=cache).logits[:, -1:].argmax(-1)
+        llama_model(token, expert_index=experts, past_key_values=cache)
+        experts.copy_(torch.tensor([2, 1, 0]))
+        with pytest.raises(ValueError, match="past_key_values was filled by"):
+            llama_model(token, expert_index=experts, past_key_values=cache)

@@ -137,3 +137,29 @@ def test_a_tensor_in_a_shard_that_the_index_does_not_say(folder):
     (folder / SHARDS).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=rf"b.safetensors holds {re.escape(INDEX)}, expected in 'a.safetensors'"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_an_index_of_shards_that_names_none(folder):
+    use_shards(folder, "part.safetensors", folder / "part.safetensors")
+    (folder / SHARDS).write_text(json.dumps({"metadata": {}, "weight_map": {}}))
+    with pytest.raises(ValueError, match="weight_map is {}, expected tensor names and file names"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.model.layers.1.mlp.up_proj.rows.weight", "model.model.norm.experts.1.weight"], ids=["rows", "norm"]
+)
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+def test_tensors_that_are_not_there(folder, name, auto):
+    """Transformers would make them up."""
+    edit_tensors(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(ValueError, match=f"holds no tensor of {re.escape(name.rpartition('.')[0])}: the checkpoint"):
+        auto.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int32], ids=str)
+def test_rows_that_are_no_floats(folder, dtype):
+    name = "model.model.layers.1.mlp.up_proj.rows.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is {dtype}, expected floats"):
+        AutoModelForCausalLM.from_pretrained(folder)
