@@ -81,7 +81,7 @@ class ExpertExport:
             index = self.merged.channel_index(path)[[self.expert]]
             if self.merged.is_vocabulary(path):
                 index = index[:, self.channels]
-            (runs,) = expert_runs(index)
+            (runs,) = expert_runs(index, self.merged.num_rows(path))
             if module.tied_to is None:
                 weight = self._read_channels(f"model.{path}.rows.weight", runs)
                 yield f"{path}.weight", weight.T.contiguous() if module.kind == "conv1d" else weight

@@ -102,7 +102,7 @@ class DerivedIndex:
 
     @classmethod
     def of(cls, index: torch.Tensor, num_rows: int) -> "DerivedIndex":
-        runs = expert_runs(index)
+        runs = expert_runs(index, num_rows)
         owners = row_owners(index, num_rows) if kernels_run_on(index.device) else None
         return cls(runs, any(run.missing is not None for run in runs), owners, index, index_version(index))
 

@@ -33,38 +33,62 @@ MKL_DTYPES = (torch.float32, torch.float64)
 MAX_RUNS = 32
 FEW_TOKENS = 16
 
+# Where an expert has several runs, each is widened to multiples of so many rows: libraries prepare a product anew for
+# each of its sizes (oneDNN keeps 1,024), and the runs of a model would have as many as it has runs.
+RUN_STEP = 16
+
 
 class ExpertRuns(NamedTuple):
     """How one expert reads its matrix: views of the weight, then a gather of the outputs."""
 
-    slices: tuple[tuple[int, int], ...]  # first row and one past the last of each run, ascending
-    gather: torch.LongTensor | None  # (O,) place of each channel in the concatenated runs; None: already in order
+    slices: tuple[tuple[int, int], ...]  # first row and one past the last of each, ascending; one run as it is
+    gather: torch.LongTensor | None  # (O,) place of each channel in the concatenated slices; None: already in order
     rows: torch.LongTensor  # (O,) row of each channel; of a missing channel, row 0
     missing: torch.BoolTensor | None  # (O,) channels that this expert does not have; None: it has all
 
 
-def expert_runs(channel_index: torch.Tensor) -> tuple[ExpertRuns, ...]:
-    """Derive every expert's runs from `channel_index` (N, O). Copies the index to the host once."""
+def expert_runs(channel_index: torch.Tensor, num_rows: int) -> tuple[ExpertRuns, ...]:
+    """Derive every expert's runs from `channel_index` (N, O) of R rows. Copies the index to the host once."""
     device = channel_index.device
     runs = []
     for index in channel_index.cpu().long():
         missing = index < 0
-        rows, places = torch.unique(index[~missing], return_inverse=True)  # ascending
-        breaks = (rows.diff() > 1).nonzero()[:, 0] + 1
-        edges = [0, *breaks.tolist(), len(rows)]
-        slices = tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(edges) if b > a)
-        slices = slices or ((0, 1),)  # an expert without channels reads what it then fills with -inf
-        gather = torch.zeros_like(index).masked_scatter_(~missing, places)
-        in_order = len(rows) == len(index) and torch.equal(gather, torch.arange(len(index)))
+        rows = torch.unique(index[~missing])  # ascending
+        slices = runs_of(rows) or [(0, 1)]  # an expert without channels reads what it then fills with -inf
+        if len(slices) > 1:
+            slices = widen(slices, num_rows)
+        first, last = torch.tensor(slices).T.contiguous()
+        before = (last - first).cumsum(0) - (last - first)  # rows in the slices before
+        own = torch.searchsorted(last, index.clamp(min=0), right=True).clamp(max=len(slices) - 1)
+        gather = (index - first[own] + before[own]).masked_fill(missing, 0)
+        in_order = int((last - first).sum()) == len(index) and torch.equal(gather, torch.arange(len(index)))
         runs.append(
             ExpertRuns(
-                slices,
+                tuple(slices),
                 None if in_order else gather.to(device),
                 index.clamp(min=0).to(device),
                 missing.to(device) if missing.any() else None,
             )
         )
     return tuple(runs)
+
+
+def runs_of(rows: torch.LongTensor) -> list[tuple[int, int]]:
+    """First and one past the last of each run of consecutive numbers in the ascending `rows`."""
+    breaks = (rows.diff() > 1).nonzero()[:, 0] + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return [(int(rows[a]), int(rows[b - 1]) + 1) for a, b in pairwise(edges) if b > a]
+
+
+def widen(slices: list[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]:
+    """Slices that begin and end at multiples of RUN_STEP, or at the last of `num_rows`; those that meet become one."""
+    wide: list[tuple[int, int]] = []
+    for first, last in slices:
+        first, last = first // RUN_STEP * RUN_STEP, min(-(-last // RUN_STEP) * RUN_STEP, num_rows)
+        if wide and first <= wide[-1][1]:
+            first = wide.pop()[0]
+        wide.append((first, last))
+    return wide
 
 
 def fill_missing(output: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conversion.channels.row_layout import layout_rows
+from modeling_channel_merged import channel_ops
 from modeling_channel_merged.active_experts import ActiveExperts, activate
 from modeling_channel_merged.channel_merged_layers import (
     ChannelMergedEmbedding,
@@ -86,7 +87,8 @@ def test_linear_at_odd_sizes(in_features, out_features, num_experts):
 
 @pytest.mark.parametrize("tokens", [1, 20, MANY, COPIES])
 @pytest.mark.parametrize("expert", [0, 1])
-def test_many_experts_with_many_runs(tokens, expert):
+def test_many_experts_with_many_runs(tokens, expert, monkeypatch):
+    monkeypatch.setattr(channel_ops, "RUN_STEP", 1)
     linear = random_linear(num_experts=12)
     assert max(len(runs.slices) for runs in linear.derived.runs) > MAX_RUNS / 2
     longer = random_linear(num_experts=12, out_features=900)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conversion.channels.row_layout import layout_rows
+from modeling_channel_merged import channel_ops
 from modeling_channel_merged.channel_ops import (
     COPY_MIN_TOKENS,
     FEW_TOKENS,
@@ -18,6 +19,7 @@ from modeling_channel_merged.channel_ops import (
     map_experts,
     reference_linear,
     run_linear,
+    runs_of,
 )
 
 SIZES = [1, 63, 100]
@@ -84,7 +86,7 @@ def own_products(weight, bias, all_runs):
 
 
 def number_of_runs(channel_index):
-    return [len(runs.slices) for runs in expert_runs(channel_index)]
+    return [len(runs_of(index.unique())) for index in channel_index]
 
 
 group_columns = st.integers(1, 6).flatmap(
@@ -114,18 +116,27 @@ class TestExpertRuns:
         assert min(counts) >= 1 and sum(counts) <= max(1, 2 ** (len(groups) - 1))
 
     @settings(max_examples=100, deadline=None)
-    @given(group_columns, st.booleans(), st.integers(0, 5))
-    def test_slices_and_gather_give_the_index_back(self, columns, missing, seed):
-        """Slices are disjoint, ascending, maximal and hold the expert's rows only; the gather finds each row."""
+    @given(group_columns, st.booleans(), st.integers(0, 5), st.sampled_from([1, 4, 16]))
+    def test_slices_and_gather_give_the_index_back(self, columns, missing, seed, step):
+        """Slices are disjoint, ascending and hold the expert's rows, one run nothing else; the gather finds each."""
         index = layout_rows(torch.tensor(columns).T).channel_index
+        num_rows = int(index.max()) + 1
         if missing:
             index = drop_channels(index, seed)
-        for expert, runs in enumerate(expert_runs(index)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(channel_ops, "RUN_STEP", step)
+            all_runs = expert_runs(index, num_rows)
+        for expert, runs in enumerate(all_runs):
+            has = index[expert] >= 0
+            own = index[expert][has].long().unique()
             assert all(a < b for a, b in runs.slices)
             assert all(end < start for (_, end), (start, _) in itertools.pairwise(runs.slices))
+            if len(exact := runs_of(own)) == 1 or step == 1:
+                assert list(runs.slices) == exact
+            else:
+                assert all(a % step == 0 and (b % step == 0 or b == num_rows) for a, b in runs.slices)
             rows = torch.cat([torch.arange(a, b) for a, b in runs.slices])
-            has = index[expert] >= 0
-            assert torch.equal(rows, index[expert][has].long().unique())
+            assert torch.isin(own, rows).all() and len(rows) <= len(own) + 2 * (step - 1) * len(exact)
             gather = torch.arange(index.shape[1]) if runs.gather is None else runs.gather
             assert torch.equal(rows[gather][has], index[expert][has].long())
             assert (runs.missing is None) == bool(has.all())
@@ -133,7 +144,7 @@ class TestExpertRuns:
 
     def test_channels_already_in_order_need_no_gather(self):
         shared = layout_rows(torch.zeros(3, 10, dtype=torch.int64)).channel_index
-        for runs in expert_runs(shared):
+        for runs in expert_runs(shared, 10):
             assert runs.slices == ((0, 10),) and runs.gather is None and runs.missing is None
             assert torch.equal(runs.rows, torch.arange(10))
 
@@ -151,7 +162,7 @@ class TestProducts:
         generator = torch.Generator().manual_seed(1)
         hidden = torch.randint(-2, 3, (num_experts, 3, width), generator=generator).to(dtype)
         experts = torch.arange(num_experts)
-        all_runs = expert_runs(index)
+        all_runs = expert_runs(index, len(weight))
         for some_bias in (None, bias):
             expected = reference_linear(hidden, weight, some_bias, index, experts)
             assert expected.shape == (num_experts, 3, num_channels) and expected.dtype == dtype
@@ -174,7 +185,7 @@ class TestProducts:
             generator = torch.Generator().manual_seed(1)
             hidden = torch.randint(-2, 3, (num_experts, num_tokens, 40), generator=generator).to(dtype)
             expected = reference_linear(hidden, weight, bias, index, torch.arange(num_experts))
-            for expert, runs in enumerate(expert_runs(index)):
+            for expert, runs in enumerate(expert_runs(index, len(weight))):
                 assert torch.equal(run_linear(hidden[expert], weight, bias, runs), expected[expert])
             rows = F.linear(hidden, weight, bias)
             assert torch.equal(gather_channels(rows, index, torch.arange(num_experts)), expected)
@@ -187,7 +198,7 @@ class TestProducts:
         weight, bias, index = random_matrix(2, 128, 320, 3)
         weight, bias = weight.to(dtype), bias.to(dtype)
         hidden = torch.randn(num_tokens, 320, generator=torch.Generator().manual_seed(4)).to(dtype)
-        for expert, runs in enumerate(expert_runs(index)):
+        for expert, runs in enumerate(expert_runs(index, len(weight))):
             rows = index[expert].long()
             assert len(runs.slices) == 1 and runs.gather is not None
             dense = F.linear(hidden, weight[rows], bias[rows])
@@ -217,7 +228,7 @@ class TestProducts:
             experts = torch.arange(num_experts)
             exact = reference_linear(hidden.double(), weight.double(), bias.double(), index, experts)
             plain = plain_error(weight, bias, index, dtype)
-            all_runs = expert_runs(index)
+            all_runs = expert_runs(index, len(weight))
             with torch.set_grad_enabled(gradients):
                 by_runs = torch.stack([run_linear(row, weight, bias, all_runs[e]) for e, row in enumerate(hidden)])
                 rows = F.linear(hidden, weight, bias)
@@ -230,7 +241,7 @@ class TestProducts:
         weight, bias, index = random_matrix(num_experts, 63, 20, 6, integers=True)
         hidden = torch.randint(-2, 3, (num_experts, 5, 20), generator=torch.Generator().manual_seed(7)).float()
         into = torch.randint(-2, 3, (num_experts, 5, 63), generator=torch.Generator().manual_seed(8)).float()
-        experts, all_runs = torch.arange(num_experts), expert_runs(index)
+        experts, all_runs = torch.arange(num_experts), expert_runs(index, len(weight))
 
         def by_runs(hidden, weight, bias):
             return torch.stack([run_linear(row, weight, bias, all_runs[e]) for e, row in enumerate(hidden)])
@@ -257,7 +268,7 @@ class TestProducts:
         expected = reference_linear(hidden, weight, bias, index, experts)
         assert expected.shape == (4, *shape, 63)
         assert torch.equal(gather_channels(F.linear(hidden, weight, bias), index, experts), expected)
-        all_runs = expert_runs(index)
+        all_runs = expert_runs(index, len(weight))
         for row, expert, output in zip(hidden, experts.tolist(), expected, strict=True):
             assert torch.equal(run_linear(row, weight, bias, all_runs[expert]), output)
 
@@ -271,7 +282,7 @@ class TestProducts:
         expected = reference_linear(hidden, weight, bias, index, experts)
         counts, order = ((0, 1), (2, 2), (4, 3)), experts.argsort(stable=True)
         with torch.set_grad_enabled(gradients):
-            outputs = map_experts(own_products(weight, bias, expert_runs(index)), hidden, counts, order)
+            outputs = map_experts(own_products(weight, bias, expert_runs(index, len(weight))), hidden, counts, order)
         assert torch.equal(outputs, expected)
         if gradients:
             ours, theirs = (torch.autograd.grad(output.sum(), hidden)[0] for output in (outputs, expected))
