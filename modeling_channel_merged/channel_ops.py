@@ -53,7 +53,8 @@ def expert_runs(channel_index: torch.Tensor, num_rows: int) -> tuple[ExpertRuns,
     runs = []
     for index in channel_index.cpu().long():
         missing = index < 0
-        rows = torch.unique(index[~missing])  # ascending
+        read = torch.zeros(num_rows, dtype=torch.bool).index_fill_(0, index[~missing], True)
+        rows = read.nonzero()[:, 0]  # ascending
         slices = runs_of(rows) or [(0, 1)]  # an expert without channels reads what it then fills with -inf
         if len(slices) > 1:
             slices = widen(slices, num_rows)
