@@ -10,6 +10,7 @@ from conversion.convert import convert
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 from conversion.vocabulary.expert_tokenizer import ExpertTokenizer
+from conversion.vocabulary.own_vocabulary import find_tokenizer
 from conversion.vocabulary.union_tokenizer import SAMPLES
 
 from .conftest import BASE_SIZE, NUM_BASE_TOKENS, Experts, extended, model_of_size, save
@@ -46,3 +47,12 @@ def test_an_expert_without_a_tokenizer_uses_the_bases(llama, tmp_path, caplog):
         vocabulary = make_plan(experts.recipe("chat", "bare", tokenizer_source="union")).vocabulary
     assert "'bare' has no tokenizer: it is taken to use the base's" in caplog.text
     assert vocabulary.channels[1].tolist() == [*range(259), 261, 262, 263, 264, 265]
+
+
+def test_a_tokenizer_file_that_is_none_is_said(make_experts, caplog):
+    """Transformers makes an empty tokenizer of it, which would read every text as nothing."""
+    base, _ = make_experts("llama", 1)
+    (base / "tokenizer.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert find_tokenizer("base_model", base) is None
+    assert "the tokenizer of base_model cannot be loaded" in caplog.text
