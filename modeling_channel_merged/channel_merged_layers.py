@@ -29,6 +29,7 @@ from .channel_ops import (
     gather_channels,
     map_experts,
     run_linear,
+    tensor_version,
 )
 from .stored_tensors import check_index_values
 
@@ -104,12 +105,7 @@ class DerivedIndex:
     def of(cls, index: torch.Tensor, num_rows: int) -> "DerivedIndex":
         runs = expert_runs(index, num_rows)
         owners = row_owners(index, num_rows) if kernels_run_on(index.device) else None
-        return cls(runs, any(run.missing is not None for run in runs), owners, index, index_version(index))
-
-
-def index_version(index: torch.Tensor) -> int | None:
-    """How often a tensor was written to; None where nobody may write to it any more."""
-    return None if index.is_inference() else index._version
+        return cls(runs, any(run.missing is not None for run in runs), owners, index, tensor_version(index))
 
 
 class ChannelMergedLinear(ChannelIndexed):
@@ -157,7 +153,7 @@ class ChannelMergedLinear(ChannelIndexed):
             index = derived.index  # torch.export puts a stand-in without values there
         if index.is_meta:
             return False
-        if derived is None or derived.index is not index or derived.version != index_version(index):
+        if derived is None or derived.index is not index or derived.version != tensor_version(index):
             with _disable_current_modes():  # those that trace
                 self._derived = DerivedIndex.of(index, self.num_rows)
         return True

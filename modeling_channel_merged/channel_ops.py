@@ -92,6 +92,11 @@ def widen(slices: list[tuple[int, int]], num_rows: int) -> list[tuple[int, int]]
     return wide
 
 
+def tensor_version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was written to; None for one made in inference mode, which does not count that."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def fill_missing(output: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
     """-inf where `missing` (broadcast against `output`) says that the expert has no such channel."""
     return output if missing is None else output.masked_fill(missing, float("-inf"))

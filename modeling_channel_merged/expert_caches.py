@@ -12,6 +12,7 @@ import torch
 from transformers import Cache
 
 from .active_experts import ActiveExperts
+from .channel_ops import tensor_version
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +29,14 @@ class BatchExperts:
     expert_index: torch.LongTensor
     active: ActiveExperts
     rows: tuple[int, ...] = ()
-    given: tuple[torch.Tensor, int] | None = None
+    given: tuple[torch.Tensor, int | None] | None = None
 
     @classmethod
     def of_rows(cls, rows: Sequence[int], device=None, given: torch.Tensor | None = None) -> "BatchExperts":
         """From the expert of each row, read from the tensor `given` if there is one."""
         expert_index = torch.tensor(rows, dtype=torch.int64, device=device)
         active = ActiveExperts.from_index(expert_index, rows)
-        return cls(expert_index, active, tuple(rows), None if given is None else (given, _version(given)))
+        return cls(expert_index, active, tuple(rows), None if given is None else (given, tensor_version(given)))
 
     def came_from(self, expert_index) -> bool:
         """Whether `expert_index` is the tensor that named them, unchanged."""
@@ -43,7 +44,7 @@ class BatchExperts:
             return False
         if expert_index.is_inference() and expert_index.device.type == "cpu":  # no version says; a look is free
             return tuple(expert_index.tolist()) == self.rows
-        return _version(expert_index) == self.given[1]
+        return tensor_version(expert_index) == self.given[1]
 
     def selected(self, indices) -> "BatchExperts":
         """Of some rows, by whatever indexes a tensor's first dimension."""
@@ -78,11 +79,6 @@ class BatchExperts:
         """Whether these are the experts of prompts with `expand_size` rows of the cache each."""
         wanted = tuple(expert for expert in rows for _ in range(expand_size))
         return self.rows == wanted or len({*self.rows, *wanted}) == 1
-
-
-def _version(tensor: torch.Tensor) -> int:
-    # Tensors made in inference mode count no versions.
-    return -1 if tensor.is_inference() else tensor._version
 
 
 class FollowsRows:
@@ -142,12 +138,13 @@ def experts_of_cache(past_key_values: Cache | None) -> BatchExperts | None:
 
 def check_not_filled(past_key_values: Cache | None):
     """ValueError for a filled cache that knows no experts, before the router guesses some from a part of the text."""
-    if past_key_values is not None and experts_of_cache(past_key_values) is None:
-        if not torch.compiler.is_dynamo_compiling() and int(past_key_values.get_seq_length()) > 0:
-            raise ValueError(
-                "past_key_values is filled, but does not know by which experts, as after a compiled call: give them "
-                "as expert_index"
-            )
+    if past_key_values is None or torch.compiler.is_dynamo_compiling():
+        return
+    if experts_of_cache(past_key_values) is None and int(past_key_values.get_seq_length()) > 0:
+        raise ValueError(
+            "past_key_values is filled, but does not know by which experts, as after a compiled call: give them as "
+            "expert_index"
+        )
 
 
 def empty_cache(past_key_values: Cache):

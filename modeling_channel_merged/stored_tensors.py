@@ -67,10 +67,10 @@ def check_stored_tensors(
         state_dict: the tensors to load, where they are given; else they are those of `files`.
         load_config: Transformers' own, with the index of shards, if there is one.
     """
-    if state_dict is not None:
-        _check_headers("the state dict", state_dict, model, quantized=False)
-        return
     quantized = getattr(load_config, "hf_quantizer", None) is not None
+    if state_dict is not None:
+        _check_headers("the state dict", state_dict, model, quantized)
+        return
     stored = set()
     weight_map = (load_config.sharded_metadata or {}).get("weight_map")
     if weight_map is not None:
@@ -94,7 +94,7 @@ def check_stored_tensors(
 
 
 def _check_headers(file: str, headers: Mapping[str, torch.Tensor], model: nn.Module, quantized: bool) -> set[str]:
-    """Check one file's tensors; returns the modules that they are of."""
+    """Check one file's tensors; returns the modules with rows or experts' copies there."""
     stored = set()
     modules = {name for name, _ in model.named_modules()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
@@ -103,9 +103,11 @@ def _check_headers(file: str, headers: Mapping[str, torch.Tensor], model: nn.Mod
             continue
         if (merged["owner"] or f"{merged['indexed']}.rows") not in modules:
             raise ValueError(f"{file}: {name} is of no module of the model: the checkpoint is damaged")
-        if merged["indexed"] and tensor.dtype != torch.int32:
-            raise ValueError(f"{file}: {name} is {tensor.dtype}, expected torch.int32: the checkpoint is damaged")
-        if merged["owner"] and not (quantized or tensor.is_floating_point()):
+        if merged["indexed"]:
+            if tensor.dtype != torch.int32:
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, expected torch.int32: the checkpoint is damaged")
+            continue
+        if not (quantized or tensor.is_floating_point()):
             raise ValueError(f"{file}: {name} is {tensor.dtype}, expected floats: the checkpoint is damaged")
         stored.add(merged["owner"])
     return stored
