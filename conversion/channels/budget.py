@@ -3,11 +3,11 @@
     minimise  sum_c cost_c(k_c)   where   sum_c k_c size_c <= room   and   least_c <= k_c <= most_c
 
 At a price of lambda a parameter, the Lagrange multiplier of the room, channel c takes the k with the least
-cost_c(k) + lambda k size_c, a corner of the lower convex hull of its costs. As the price falls it walks along its hull,
-past each edge when the price falls below the edge's gain per parameter. So the edges of all channels are taken by
-falling gain per parameter until one does not fit: the multiplier is that edge's, and the choice is the best that there
-is for what it uses. The rest of the room, smaller than that edge, goes to the rows with the most gain per parameter
-that fit. More room never costs more.
+cost_c(k) + lambda k size_c, a corner of the lower convex hull of its costs. As the price falls the channel walks along
+its hull, past each edge when the price falls below the edge's gain per parameter. So the edges of all channels are
+taken by falling gain per parameter until one does not fit: the multiplier is that edge's, and the choice is the best
+that there is for what it uses. The rest of the room, smaller than that edge, goes to the rows with the most gain per
+parameter that fit. More room never costs more.
 
 Gains per parameter are compared in float32 (what two devices round differently is a tie), and a tie goes to the lower
 channel.

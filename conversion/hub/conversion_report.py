@@ -9,7 +9,7 @@ import torch
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.source_card import read_card
 from conversion.io.weight_files import dtype_text
-from conversion.merging.grouped_module import GroupedModule
+from conversion.merging.grouped_module import LOSSES, GroupedModule
 from conversion.merging.plan import Plan
 
 PACKAGE = "channel-merged"
@@ -34,6 +34,8 @@ def conversion_report(plan: Plan, grouped: Mapping[str, GroupedModule]) -> dict[
             "merged_rows": module.num_merged,
             "distinct_rows": module.num_distinct,
             "owners": module.owner_counts(names),
+            "channels_by_rows": {str(rows): count for rows, count in module.channels_by_rows.items()},
+            **{name: loss for name in LOSSES if (loss := getattr(module, name)) is not None},
             **({"fallback_rows": 1} if module.has_fallback else {}),
         }
     kept = plan.num_experts * plan.per_expert_parameters

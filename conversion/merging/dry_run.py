@@ -11,7 +11,7 @@ from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.options import format_bytes, parse_size
 from conversion.io.staged_folder import check_target, free_bytes
 from conversion.io.weight_files import dtype_text
-from conversion.merging.memory_budget import MAX_THREADS, own_modules, plan_memory
+from conversion.merging.memory_budget import MAX_THREADS, plan_memory
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 
@@ -55,7 +55,7 @@ def plan_conversion(
         },
         "output": {
             "tensors": count_tensors(plan),
-            "rows_at_most": sum(kind["rows_at_most"] for kind in modules_by_kind(plan).values()),
+            "rows_at_most": rows_at_most(plan, plan.own_modules),
             "bytes_at_most": plan.max_bytes,
             "bytes_free": free_bytes(Path(out)),
             "dtype": dtype_text(plan.dtype),
@@ -71,21 +71,38 @@ def plan_conversion(
 
 def modules_by_kind(plan: Plan) -> dict[str, dict[str, int]]:
     """Channel modules that store rows, by kind; tied ones store an index only."""
-    groups = min(plan.num_experts, plan.recipe.grouping.num_groups)
     kinds: dict[str, Counter] = {}
-    for module in plan.modules.channel.values():
+    own: dict[str, list[str]] = {}
+    for path, module in plan.modules.channel.items():
         tied = module.tied_to is not None
-        counts = kinds.setdefault("tied head" if tied else module.kind, Counter())
+        kind = "tied head" if tied else module.kind
+        counts = kinds.setdefault(kind, Counter(modules=0, channels=0, rows_at_most=0, rows_as_separate_models=0))
         counts["modules"] += 1
         counts["channels"] += module.out_features
-        counts["rows_at_most"] += 0 if tied else groups * module.out_features
-        counts["rows_as_separate_models"] += 0 if tied else plan.num_experts * module.out_features
+        if not tied:
+            own.setdefault(kind, []).append(path)
+            counts["rows_as_separate_models"] += plan.num_experts * module.out_features
+    for kind, paths in own.items():
+        kinds[kind]["rows_at_most"] = rows_at_most(plan, paths)
     return {kind: dict(counts) for kind, counts in kinds.items()}
+
+
+def rows_at_most(plan: Plan, paths: list[str]) -> int:
+    """The most rows that these modules can have; with a budget, if it is spent on them, on the shortest rows first."""
+    if plan.budget_parameters is None:
+        return sum(plan.most_rows(path) for path in paths)
+    spare = plan.budget_parameters - plan.least_parameters
+    rows = 0
+    for path in sorted(paths, key=plan.row_size):
+        least, size = plan.least_rows(path), plan.row_size(path)
+        more = min(plan.most_rows(path) - least, spare // size)
+        rows, spare = rows + least + more, spare - more * size
+    return rows
 
 
 def count_tensors(plan: Plan) -> int:
     """Tensors of the output: rows, biases, indices, copies per expert, the router's head."""
-    rows = sum(len(channel_parameters(plan.modules, path)) for path in own_modules(plan))
+    rows = sum(len(channel_parameters(plan.modules, path)) for path in plan.own_modules)
     copies = plan.num_experts * sum(map(len, plan.modules.per_expert.values()))
     return rows + len(plan.modules.channel) + copies + 2
 
