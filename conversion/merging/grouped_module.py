@@ -176,6 +176,11 @@ class ModuleRows:
             one_row_loss=self.groups.one_row_loss,
         )
 
+    def merged_owners(self) -> list[tuple[int, ...]]:
+        """The owners of rows that are merged: sets of experts, ascending."""
+        masks = self._row_owners[~self.groups.copied].unique().tolist()
+        return [members_of(mask) for mask in masks]
+
     def blocks(self, start: int, stop: int) -> Iterator[RowBlock]:
         """The rows of channels `start` to `stop`: each block's rows are consecutive, for the channels ascend."""
         first, last = torch.searchsorted(self._sorted_channels, torch.tensor([start, stop])).tolist()
@@ -183,9 +188,12 @@ class ModuleRows:
         owners = self._row_owners[rows]
         edges = [0, *(owners.diff().nonzero()[:, 0] + 1).tolist(), len(rows)] if len(rows) else []
         for begin, end in pairwise(edges):
-            mask = int(owners[begin])
-            members = tuple(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
-            yield RowBlock(members, int(rows[begin]), self._row_channel[rows[begin:end]])
+            yield RowBlock(members_of(int(owners[begin])), int(rows[begin]), self._row_channel[rows[begin:end]])
+
+
+def members_of(mask: int) -> tuple[int, ...]:
+    """The experts of a bit mask, ascending."""
+    return tuple(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
 
 
 def all_modules(plan: Plan, grouped: dict[str, GroupedModule]) -> dict[str, GroupedModule]:

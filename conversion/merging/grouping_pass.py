@@ -19,6 +19,7 @@ from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.journal import Journal
 from conversion.io.row_reader import check_tensor_finite, check_tied_head
 from conversion.merging.block_reader import Block, BlockReader
+from conversion.merging.channel_costs import ChannelCosts, MeanMetric
 from conversion.merging.grouped_module import GroupedModule, ModuleChoices, ModuleGroups, ModuleRows
 from conversion.merging.plan import Plan
 from conversion.merging.workers import Workers
@@ -27,12 +28,15 @@ Result = TypeVar("Result")
 
 
 def group_modules(
-    plan: Plan, blocks: BlockReader, workers: Workers, journal: Journal, bar: tqdm
+    plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, workers: Workers, journal: Journal, bar: tqdm
 ) -> dict[str, GroupedModule]:
     """Group every channel module that stores rows of its own, by path. Modules of the journal are grouped already.
 
     With a budget it takes two steps: what every number of groups would cost in every module, then, once all that is
     known, the groups.
+
+    Args:
+        costs: of a calibration; None: the deltas themselves are compared, and all experts count alike.
     """
     for path, module in plan.modules.channel.items():
         if module.tied_to is not None:
@@ -40,7 +44,7 @@ def group_modules(
                 check_tied_head(reader, f"{path}.weight", f"{module.tied_to}.weight", blocks.chunks(path))
     files = journal_files(plan, journal, "groups")
     if plan.budget_parameters is not None:
-        choices = weigh_modules(plan, blocks, workers, journal, bar)
+        choices = weigh_modules(plan, costs, blocks, workers, journal, bar)
         num_groups = spend_budget(plan, choices)
 
     def group(path: str) -> GroupedModule:
@@ -50,7 +54,7 @@ def group_modules(
                 bar.update(blocks.module_bytes(path))
         else:
             if plan.budget_parameters is None:
-                groups = group_module(plan, blocks, path, bar)
+                groups = group_module(plan, costs, blocks, path, bar)
             else:
                 groups = choose_groups(plan, path, choices[path], num_groups[path])
             journal.save(path, files[path], groups.tensors())
@@ -68,7 +72,7 @@ def weigh_modules(plan: Plan, blocks: BlockReader, workers: Workers, journal: Jo
         if journal.finished(part):
             bar.update(blocks.module_bytes(path))
         else:
-            journal.save(part, files[path], weigh_module(plan, blocks, path, bar).tensors())
+            journal.save(part, files[path], weigh_module(plan, costs, blocks, path, bar).tensors())
         return files[path]
 
     return for_each_module(plan, workers, weigh)
@@ -87,18 +91,18 @@ def for_each_module(plan: Plan, workers: Workers, function: Callable[[str], Resu
     return {path: results[path] for path in own}
 
 
-def group_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> ModuleGroups:
+def group_module(plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, path: str, bar: tqdm) -> ModuleGroups:
     """Decide the groups of every channel of one module from the Gram matrices of its deltas."""
     grouping = plan.recipe.grouping
     trims = new_trims(plan, channel_parameters(plan.modules, path))
     labels, distinct, squares = [], [], []
-    for chunk in compared_chunks(plan, blocks, path, trims, bar):
+    for chunk in compared_chunks(plan, costs, blocks, path, trims, bar):
         groups = group_channels(
             chunk.gram,
             chunk.distinct,
             num_groups=grouping.num_groups,
             similarity=grouping.similarity,
-            weights=chunk.present,
+            weights=chunk.weights,
         )
         squares.append(chunk.squares)
         distinct.append(chunk.distinct.to("cpu", torch.int8))
@@ -115,23 +119,23 @@ def group_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> Modul
     )
 
 
-def weigh_module(plan: Plan, blocks: BlockReader, path: str, bar: tqdm) -> ModuleChoices:
+def weigh_module(plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, path: str, bar: tqdm) -> ModuleChoices:
     """The groups of every channel of one module for each number of groups, and what they cost."""
     trims = new_trims(plan, channel_parameters(plan.modules, path))
     channels, most = plan.modules.channel[path].out_features, plan.row_bounds(path)[1]
     labels = torch.empty(most, plan.num_experts, channels, dtype=torch.int8)
     distinct = torch.empty(plan.num_experts, channels, dtype=torch.int8)
-    costs = torch.empty(most, channels, dtype=torch.float64)
+    group_costs = torch.empty(most, channels, dtype=torch.float64)
     squares = torch.empty(plan.num_experts, channels, dtype=torch.float64)
-    for chunk in compared_chunks(plan, blocks, path, trims, bar):
+    for chunk in compared_chunks(plan, costs, blocks, path, trims, bar):
         here = slice(chunk.start, chunk.stop)
-        labels[..., here], costs[:, here] = group_by_number(
-            chunk.gram, chunk.distinct, most_groups=most, weights=chunk.present
+        labels[..., here], group_costs[:, here] = group_by_number(
+            chunk.gram, chunk.distinct, most_groups=most, weights=chunk.weights
         )
         distinct[:, here], squares[:, here] = chunk.distinct, chunk.squares
     return ModuleChoices(
         labels=labels,
-        costs=costs,
+        costs=group_costs,
         distinct=distinct,
         delta_squares=sum_present(squares, plan.present(path)),
         thresholds={} if not distinct.any() else find_thresholds(blocks, path, trims),
@@ -187,27 +191,47 @@ class ComparedChunk(NamedTuple):
 
     start: int
     stop: int
-    gram: torch.Tensor  # (C, N, N) float64, of the deltas
+    gram: torch.Tensor  # (C, N, N) float64, of the deltas in the module's metric
     distinct: torch.Tensor  # (N, C) int64: the first expert with the same row
-    present: torch.Tensor | None  # (N, C) bool: which experts have which channels; None: all have all
+    weights: (
+        torch.Tensor | None
+    )  # how much each expert's loss counts: (N, C), 0 for a channel it lacks; None: all alike
     squares: torch.Tensor  # (N, C) float64 on the CPU: squared norm of each delta
 
 
 def compared_chunks(
-    plan: Plan, blocks: BlockReader, path: str, trims: dict[str, list[MagnitudeThreshold]], bar: tqdm
+    plan: Plan,
+    costs: ChannelCosts | None,
+    blocks: BlockReader,
+    path: str,
+    trims: dict[str, list[MagnitudeThreshold]],
+    bar: tqdm,
 ) -> Iterator[ComparedChunk]:
     """Read a module once, compare its rows chunk by chunk, and show its deltas to the trims."""
+    metric = None if costs is None else costs.mean_metric(path)
+    weights = plan.present(path) if costs is None else costs.weights(path)
     for parameters in blocks.blocks(path):
         deltas = [block.deltas() for block in parameters]
         rows = [block.rows(plan.dtype) for block in parameters]
-        gram = sum(gram_matrices(part) for part in deltas)
-        check_finite(plan, parameters, rows, gram)
+        plain = sum(gram_matrices(part) for part in deltas)
+        check_finite(plan, parameters, rows, plain)
         first = parameters[0]
-        distinct = equal_rows(rows[0], rows[1] if len(rows) > 1 else None)
-        squares = gram.diagonal(dim1=1, dim2=2).T.to("cpu", copy=True)
-        yield ComparedChunk(first.start, first.stop, gram, distinct, first.present, squares)
+        yield ComparedChunk(
+            first.start,
+            first.stop,
+            plain if metric is None else metric_gram(deltas, metric),
+            equal_rows(rows[0], rows[1] if len(rows) > 1 else None),
+            None if weights is None else weights[:, first.start : first.stop].to(blocks.device),
+            plain.diagonal(dim1=1, dim2=2).T.to("cpu", copy=True),
+        )
         update_trims(trims, deltas, first.present)
         bar.update(sum(block.num_bytes for block in parameters))
+
+
+def metric_gram(deltas: list[torch.Tensor], metric: MeanMetric) -> torch.Tensor:
+    """Gram matrices (C, N, N) of the deltas of a weight (N, C, I), and of a bias (N, C, 1), in a metric."""
+    weight, *biases = deltas
+    return gram_matrices(weight @ metric.factor) + sum(metric.bias_weight * gram_matrices(bias) for bias in biases)
 
 
 def sum_present(squares: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:

@@ -25,6 +25,10 @@ THREAD_BYTES = 96 * 2**20
 CHUNK_COPIES = 6
 # Gram matrix of a channel, that of its similarities and its links, float64.
 GRAM_COPIES = 3
+# Factors of owner sets that are kept at a time, if one alone is not larger.
+FACTOR_BYTES = 128 * 2**20
+# Channels of a chunk in a conversion with a calibration, whatever the memory.
+CALIBRATED_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,15 @@ def plan_memory(plan: Plan, max_memory: int, threads: int, chunk_bytes: int = CH
     """The most threads, up to `threads`, and with them the largest chunk, up to `chunk_bytes`, inside the budget.
 
     Raises:
-        ValueError: the budget is too small for a single row of the widest matrix at a time.
+        ValueError: the budget is too small for the smallest chunk of the widest matrix at a time.
     """
     held = HELD_BYTES + 8 * budgeted_channels(plan)  # and the number of groups of each
     spending = HELD_BYTES + spending_bytes(plan)  # while no thread works
-    fixed = THREAD_BYTES + max(held_bytes(plan, path) for path in plan.own_modules)
+    fixed = THREAD_BYTES + max(held_bytes(plan, path) + metric_bytes(plan, path) for path in plan.own_modules)
     factor = CHUNK_COPIES + gram_share(plan)
     least = max(row_bytes(plan, path) for path in plan.own_modules)
+    if plan.recipe.calibration is not None:
+        least = chunk_bytes = least * CALIBRATED_CHANNELS
     for count in range(max(1, min(threads, MAX_THREADS)), 0, -1):
         room = int(((max_memory - held) / count - fixed) / factor)
         if room >= least and (room >= min(chunk_bytes, SMALL_CHUNK_BYTES) or count == 1) and spending <= max_memory:
@@ -72,6 +78,18 @@ def spending_bytes(plan: Plan) -> int:
     """What sharing a budget takes: costs by number of groups, edges with their sort, sizes and bounds."""
     most = max(plan.row_bounds(path)[1] for path in plan.own_modules)
     return budgeted_channels(plan) * (4 * 8 * most + 64 * (most - 1) + 64)
+
+
+def metric_bytes(plan: Plan, path: str) -> int:
+    """What a thread holds of a calibration: covariances, and while one is factored its sum, factor and a copy."""
+    module = plan.modules.channel[path]
+    if plan.recipe.calibration is None:
+        return 0
+    weights = 3 * 8 * plan.num_experts * module.out_features
+    if module.kind == "embedding":
+        return weights
+    square = module.in_features**2
+    return weights + square * (4 * plan.num_experts + 3 * 8) + FACTOR_BYTES
 
 
 def row_bytes(plan: Plan, path: str) -> int:

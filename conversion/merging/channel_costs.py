@@ -1,0 +1,94 @@
+"""How much each channel of a conversion counts, and in which metric, from a calibration.
+
+Shapes: N experts, O channels, I inputs.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+
+from conversion.channels.channel_loss import channel_weights, damp_covariances, metric_factor
+from conversion.merging.plan import Plan
+
+
+class Calibration(Protocol):
+    """What was measured on every expert's texts, raw. Several threads may read."""
+
+    @property
+    def texts(self) -> Mapping[str, int]:
+        """How many texts each expert was measured on, by name."""
+
+    def covariance(self, path: str) -> torch.Tensor | None:
+        """Mean of x x^T over each expert's tokens, x the inputs of a module: (N, I, I) float32; None of an embedding."""
+
+    def gradient_squares(self, path: str) -> torch.Tensor:
+        """Mean squared gradient at each channel's output: (N, O) float64; of an embedding at each token's."""
+
+
+class MeanMetric(NamedTuple):
+    """In which metric the rows of one module are compared: the mean of the experts' own."""
+
+    factor: torch.Tensor  # (I, I) float32: the metric is L L^T
+    bias_weight: float  # of a bias: its input is 1, the others are scaled to 1
+
+
+class ChannelCosts:
+    """Weights and metrics of the channels of a plan.
+
+    Args:
+        plan: the checked conversion.
+        calibration: of its experts.
+        device: where the metrics go.
+
+    Raises:
+        ValueError: an expert's texts have no gradient at all.
+    """
+
+    def __init__(self, plan: Plan, calibration: Calibration, device: torch.device):
+        self._plan, self._calibration, self._device = plan, calibration, device
+        sums, channels = torch.zeros(plan.num_experts, dtype=torch.float64), 0
+        for path, module in plan.modules.channel.items():
+            if module.kind != "embedding":
+                sums += calibration.gradient_squares(path).sum(1)
+                channels += module.out_features
+        self._means = sums / channels
+        for name, mean in zip(plan.expert_names, self._means.tolist(), strict=True):
+            if mean == 0:
+                raise ValueError(f"calibration: no channel of expert {name!r} has a gradient on its texts")
+        self._tied = {module.tied_to: path for path, module in plan.modules.channel.items() if module.tied_to}
+
+    def weights(self, path: str) -> torch.Tensor:
+        """How much each expert's channel counts: (N, O) float64, 0 where it has no such channel."""
+        squares = self._calibration.gradient_squares(path)
+        if self._plan.modules.channel[path].kind == "embedding":
+            squares = squares * self._plan.modules.channel[path].in_features
+        if path in self._tied:
+            squares = squares + self._calibration.gradient_squares(self._tied[path])
+        weights = channel_weights(squares, self._means)
+        weights *= torch.tensor([[expert.weight] for expert in self._plan.recipe.experts], dtype=torch.float64)
+        present = self._plan.present(path)
+        return weights if present is None else weights * present
+
+    def covariances(self, path: str) -> torch.Tensor | None:
+        """The experts' damped H of a module: (N, I, I) float32; None: the identity, an embedding's."""
+        covariances = self._calibration.covariance(path)
+        if covariances is not None:
+            damp_covariances(covariances)
+            covariances = covariances.to(self._device)
+        return covariances
+
+    def mean_metric(self, path: str) -> MeanMetric | None:
+        """The metric that a module's channels are compared in; None: the identity, an embedding's.
+
+        Raises:
+            ValueError: it cannot be made of what was measured.
+        """
+        covariances = self._calibration.covariance(path)
+        if covariances is None:
+            return None
+        scales = damp_covariances(covariances)
+        try:
+            return MeanMetric(metric_factor(covariances.to(self._device)), float((1 / scales).mean()))
+        except ValueError as error:
+            raise ValueError(f"calibration of {path}: {error}") from None
