@@ -15,6 +15,7 @@ Shapes: N experts, C channels of one chunk, O channels, I inputs, R rows, M memb
 import contextlib
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from conversion.hub.conversion_report import add_relative_errors, conversion_rep
 from conversion.hub.model_folder import write_hub_files
 from conversion.io.options import find_device, parse_size
 from conversion.io.shard_writer import ShardWriter
-from conversion.io.sources import check_unchanged
+from conversion.io.sources import check_unchanged, identity
 from conversion.io.staged_folder import StagedFolder, check_disk_space
 from conversion.merging.block_reader import BlockReader
+from conversion.merging.calibration_file import Calibration, read_calibration
+from conversion.merging.channel_costs import ChannelCosts
 from conversion.merging.grouped_module import all_modules
 from conversion.merging.grouping_pass import group_modules
 from conversion.merging.memory_budget import CHUNK_BYTES, plan_memory
@@ -37,6 +40,8 @@ from conversion.merging.merging_pass import output_tensors, write_modules
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.merging.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 MAX_MEMORY = "2GB"
 
@@ -87,6 +92,7 @@ def convert(
     plan = make_plan(recipe, out, overwrite=overwrite)
     memory = plan_memory(plan, parse_size(max_memory, "max_memory"), torch.get_num_threads(), chunk_bytes)
     torch_device = find_device(device)
+    calibration = open_calibration(plan)
     blocks = BlockReader(plan, memory.chunk_bytes, torch_device)
     fingerprint = conversion_fingerprint(plan, max_shard_size=shard_bytes, device=str(torch_device))
     check_disk_space(out, plan.max_bytes, fingerprint)
@@ -94,17 +100,21 @@ def convert(
         staged = stack.enter_context(StagedFolder(out, overwrite, fingerprint))
         for reader in (plan.base_reader, *plan.readers):
             stack.callback(reader.close)
+        costs = None
+        if calibration is not None:
+            stack.callback(calibration.close)
+            costs = ChannelCosts(plan, calibration, torch_device)
         bar = stack.enter_context(
             tqdm(total=2 * plan.bytes_to_read, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
         )
         workers = Workers(memory.threads, blocks.stop)
         bar.set_description("grouping channels")
-        grouped = group_modules(plan, blocks, workers, staged.journal, bar)
-        report = conversion_report(plan, grouped)
+        grouped = group_modules(plan, costs, blocks, workers, staged.journal, bar)
+        report = conversion_report(plan, grouped, calibration)
         bar.set_description("merging rows")
         writer = ShardWriter(staged.path, output_tensors(plan, grouped), shard_bytes, staged.journal)
         stack.callback(writer.close)
-        errors = write_modules(plan, blocks, workers, grouped, writer, staged.journal, bar)
+        errors = write_modules(plan, costs, blocks, workers, grouped, writer, staged.journal, bar)
         add_relative_errors(report, plan, grouped, errors)
         writer.finish({"total_parameters": report["parameters"]["stored"]})
         bar.set_description("writing files")
@@ -113,6 +123,29 @@ def convert(
         check_unchanged((plan.base, *plan.experts))
         staged.publish(config)
     return Conversion(out, report)
+
+
+def open_calibration(plan: Plan) -> Calibration | None:
+    """The recipe's calibration, which must be of these experts; None without one.
+
+    Raises:
+        ValueError: it is of other experts, or no calibration.
+    """
+    if plan.recipe.calibration is None:
+        if plan.recipe.preset == "recommended":
+            logger.warning(
+                "the recommended preset has no calibration texts: rows are shared by how the weights look, which "
+                "keeps less of the experts than calibration: {data: ...} would"
+            )
+        return None
+    return read_calibration(plan.recipe.folder / plan.recipe.calibration.file, plan)
+
+
+def calibration_identity(plan: Plan) -> Any:
+    """What tells that the recipe's calibration changed."""
+    if plan.recipe.calibration is None:
+        return None
+    return identity(plan.recipe.folder / plan.recipe.calibration.file, True)
 
 
 def conversion_fingerprint(plan: Plan, **choices: Any) -> dict[str, Any]:
@@ -124,6 +157,7 @@ def conversion_fingerprint(plan: Plan, **choices: Any) -> dict[str, Any]:
     values = {
         "recipe": plan.recipe.record(),
         "inputs": {source.name: source.files for source in (plan.base, *plan.experts)},
+        "calibration": calibration_identity(plan),
         "versions": package_versions(),
         "code": code.hexdigest(),
         **choices,

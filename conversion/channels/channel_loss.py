@@ -5,9 +5,9 @@ and the loss, to second order and with the squared gradient for the curvature, b
 
     (dL/dy_o)^2 ((m - w)^T x)^2.
 
-With gradients and inputs taken as independent, its mean over the expert's texts is g_eo (m - w)^T H_e (m - w), with the
-covariance H_e = mean of x x^T (I x I) of the matrix's inputs and the mean squared gradient g_eo at the channel. Texts
-are few and the expansion is short, so neither is used as it is measured:
+With gradients and inputs taken as independent, its mean over the expert's texts is g_eo (m - w)^T H_e (m - w), with
+the covariance H_e = mean of x x^T (I x I) of the matrix's inputs and the mean squared gradient g_eo at the channel.
+Texts are few and the expansion is short, so neither is used as it is measured:
 
 - H_e is scaled to a mean diagonal of 1 and damped: 0.99 H_e + 0.01 identity. Directions that no text showed count a
   little.
@@ -19,9 +19,9 @@ The row of a group S is the minimiser (RegMean, Jin et al., ICLR 2023, inside gr
 
     m = (sum_S g_e H_e)^-1 sum_S g_e H_e w_e,
 
-with g_e averaged over the matrix's channels, so that one factorisation serves all channels of S. Groups are chosen with
-one metric for all experts, the mean H of the H_e: then the cost of any group follows from the channel's N x N Gram
-matrix D H D^T of the deltas D and the weights g_eo, as in `grouping`. With H = L L^T it is that of D L.
+with g_e averaged over the matrix's channels, so that one factorisation serves all channels of S. Groups are chosen
+with one metric for all experts, the mean H of the H_e: then the cost of any group follows from the channel's N x N
+Gram matrix D H D^T of the deltas D and the weights g_eo, as in `grouping`. With H = L L^T it is that of D L.
 
 A bias is the weight of a constant input 1, taken as uncorrelated with the others. Channels without inputs, such as an
 embedding's, have the identity for H: their merged row is the mean, weighted by g_eo.

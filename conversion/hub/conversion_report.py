@@ -9,6 +9,7 @@ import torch
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.source_card import read_card
 from conversion.io.weight_files import dtype_text
+from conversion.merging.calibration_file import Calibration
 from conversion.merging.grouped_module import LOSSES, GroupedModule
 from conversion.merging.plan import Plan
 
@@ -16,7 +17,9 @@ PACKAGE = "channel-merged"
 RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
 
 
-def conversion_report(plan: Plan, grouped: Mapping[str, GroupedModule]) -> dict[str, Any]:
+def conversion_report(
+    plan: Plan, grouped: Mapping[str, GroupedModule], calibration: Calibration | None
+) -> dict[str, Any]:
     """What was merged from what, and what came of it, as plain values. The same for every run of the same recipe."""
     names = plan.expert_names
     modules = {}
@@ -45,6 +48,7 @@ def conversion_report(plan: Plan, grouped: Mapping[str, GroupedModule]) -> dict[
         "base_model": plan.base.record(),
         "experts": [expert.record() for expert in plan.experts],
         "method": plan.recipe.merge_method,
+        **({} if calibration is None else {"calibration_texts": dict(calibration.texts)}),
         "seed": plan.recipe.seed,
         "dtype": dtype_text(plan.dtype),
         "versions": package_versions(),

@@ -3,27 +3,13 @@
 Shapes: N experts, O channels, I inputs.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
 from conversion.channels.channel_loss import channel_weights, damp_covariances, metric_factor
+from conversion.merging.calibration_file import Calibration
 from conversion.merging.plan import Plan
-
-
-class Calibration(Protocol):
-    """What was measured on every expert's texts, raw. Several threads may read."""
-
-    @property
-    def texts(self) -> Mapping[str, int]:
-        """How many texts each expert was measured on, by name."""
-
-    def covariance(self, path: str) -> torch.Tensor | None:
-        """Mean of x x^T over each expert's tokens, x the inputs of a module: (N, I, I) float32; None of an embedding."""
-
-    def gradient_squares(self, path: str) -> torch.Tensor:
-        """Mean squared gradient at each channel's output: (N, O) float64; of an embedding at each token's."""
 
 
 class MeanMetric(NamedTuple):

@@ -63,7 +63,9 @@ def group_modules(
     return for_each_module(plan, workers, group)
 
 
-def weigh_modules(plan: Plan, blocks: BlockReader, workers: Workers, journal: Journal, bar: tqdm) -> dict[str, Path]:
+def weigh_modules(
+    plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, workers: Workers, journal: Journal, bar: tqdm
+) -> dict[str, Path]:
     """The files with every module's `ModuleChoices`. Modules of the journal have theirs already."""
     files = journal_files(plan, journal, "choices")
 
