@@ -8,6 +8,7 @@ import torch
 
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.source_card import read_card
+from conversion.io.sources import without_folder
 from conversion.io.weight_files import dtype_text
 from conversion.merging.calibration_file import Calibration
 from conversion.merging.grouped_module import LOSSES, GroupedModule
@@ -89,10 +90,13 @@ def add_relative_errors(
 
 
 def recipe_record(plan: Plan) -> dict[str, Any]:
-    """The recipe as plain values; it says which models, but not where they lay on this machine."""
+    """The recipe as plain values; it says which models and texts, but not where they lay on this machine."""
     record = plan.recipe.record()
     experts = [{**spec, "model": source.shown} for spec, source in zip(record["experts"], plan.experts, strict=True)]
-    return {**record, "base_model": plan.base.shown, "experts": experts}
+    record |= {"base_model": plan.base.shown, "experts": experts}
+    if "calibration" in record:
+        record["calibration"] = {key: without_folder(place) for key, place in record["calibration"].items()}
+    return record
 
 
 def package_versions() -> dict[str, str]:

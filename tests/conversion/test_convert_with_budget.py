@@ -1,21 +1,25 @@
 """Conversions whose rows share one budget: what is stored, what it costs, and what is refused before data is read."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion.channels.grouping import gram_matrices, partition_costs
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
+from conversion.checkpoints.report_plot import plot_report
 from conversion.convert import convert
 from conversion.io.row_reader import CheckpointReader
 from conversion.merging import grouping_pass
 from conversion.merging.dry_run import plan_conversion
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
+from conversion.report import report_tables
 
 
 def load_tensors(folder):
@@ -174,3 +178,33 @@ def test_a_stopped_conversion_weighs_nothing_twice(make_experts, write_recipe, t
     first, second = (load_tensors(tmp_path / name) for name in ("out", "again"))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     assert json.loads((tmp_path / "out" / "conversion_report.json").read_text())["modules"]
+
+
+def test_what_the_budget_bought_is_shown(make_experts, write_recipe, tmp_path):
+    """In the terminal within 80 columns, as a picture, and on the card; rows per channel are the checkpoint's."""
+    base, experts = make_experts("llama", 3)
+    out = tmp_path / "out"
+    report = convert(parse_recipe(write_recipe(base, experts, grouping={"budget": 0.5})), out, progress=False).report
+    inspected = inspect_checkpoint(out)
+    modules = report["modules"].values()
+    lost = sum(module["predicted_loss"] for module in modules) / sum(module["one_row_loss"] for module in modules)
+    assert inspected.budget == 0.5 and inspected.lost_share == pytest.approx(lost)
+    values = json.loads(json.dumps(inspected.to_dict()))
+    assert (values["budget"], values["lost_share"]) == (0.5, inspected.lost_share)
+    console = Console(width=80, file=io.StringIO())
+    console.print(*report_tables(inspected), sep="\n")
+    text = console.file.getvalue()
+    (block,) = [line for line in text.splitlines() if line.split()[:1] == ["1"]]
+    paths = [path for path in report["modules"] if ".layers.1." in path]
+    assert block.split()[1:] == [f"{len_rows(out, path):.2f}" for path in paths]
+    assert "50.0%" in text and f"{lost:.1%} of that of one row per channel" in text
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"The predicted loss is {lost:.1%} of that" in card and "within 50.0% of the experts' parameters" in card
+    plot_report(inspected, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def len_rows(out, path) -> float:
+    """Rows per channel."""
+    index = load_tensors(out)[f"model.{path}.channel_index"]
+    return (int(index.max()) + 1) / index.shape[1]
