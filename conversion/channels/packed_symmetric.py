@@ -1,8 +1,8 @@
-"""Symmetric matrices without most of their lower halves: block rows from the diagonal on, one after the other.
+"""Sums of x^T x without most of their lower halves: block rows from the diagonal on, one after the other.
 
     rows 0 to 255, columns 0 on | rows 256 to 511, columns 256 on | ...
 
-Shapes: I rows and columns, P packed values.
+Shapes: T tokens, I inputs, P packed values of an (I, I) matrix.
 """
 
 import torch
@@ -15,15 +15,34 @@ def packed_size(size: int) -> int:
     return sum((stop - start) * (size - start) for start, stop in _blocks(size))
 
 
-def pack_symmetric(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The packed values of a symmetric matrix (I, I): (P,) of `dtype`, on the CPU."""
-    packed = torch.empty(packed_size(len(matrix)), dtype=dtype)
-    place = 0
-    for start, stop in _blocks(len(matrix)):
-        block = matrix[start:stop, start:]
-        packed[place : place + block.numel()].view_as(block).copy_(block)
-        place += block.numel()
-    return packed
+class SquareSum:
+    """Sum over tokens of x x^T, x (I,): products of one call in float32, their sum in float64.
+
+    Args:
+        size: I.
+        device: where it is summed.
+    """
+
+    def __init__(self, size: int, device: torch.device | str = "cpu"):
+        self._blocks = [
+            (start, stop, torch.zeros(stop - start, size - start, dtype=torch.float64, device=device))
+            for start, stop in _blocks(size)
+        ]
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add the tokens `inputs` (T, I), of any float dtype."""
+        inputs = inputs.float()
+        for start, stop, block in self._blocks:
+            block += inputs[:, start:stop].T @ inputs[:, start:]
+
+    def packed_mean(self, count: int) -> torch.Tensor:
+        """The sum divided by `count`: (P,) float32 on the CPU."""
+        packed = torch.empty(sum(block.numel() for _, _, block in self._blocks))
+        place = 0
+        for _, _, block in self._blocks:
+            packed[place : place + block.numel()].view_as(block).copy_(block / count)
+            place += block.numel()
+        return packed
 
 
 def unpack_symmetric(packed: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

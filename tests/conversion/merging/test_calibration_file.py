@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conversion.channels.packed_symmetric import pack_symmetric
+from conversion.channels.packed_symmetric import SquareSum, unpack_symmetric
 from conversion.merging.calibration_file import (
     METADATA_KEY,
     Calibration,
@@ -28,8 +28,10 @@ SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 
 def random_covariance(size: int, generator: torch.Generator) -> torch.Tensor:
-    inputs = torch.randn(2 * size, size, generator=generator)
-    return inputs.T @ inputs / len(inputs)
+    """Packed."""
+    total = SquareSum(size)
+    total.add(torch.randn(2 * size, size, generator=generator))
+    return total.packed_mean(2 * size)
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def written(plan, tmp_path):
                 values[covariance_name(name, path)] = random_covariance(module.in_features, generator)
     for number, (name, value) in enumerate(values.items()):
         parts.append(tmp_path / f"part{number}")
-        save_file({name: pack_symmetric(value, torch.float32) if value.dim() == 2 else value}, parts[-1])
+        save_file({name: value}, parts[-1])
     experts = {name: expert_record(plan, number) for number, name in enumerate(plan.expert_names)}
     counts = {name: 20 + number for number, name in enumerate(plan.expert_names)}
     measured = Measured(experts, counts, counts, inputs, "texts.jsonl", "abc")
@@ -83,8 +85,9 @@ def test_what_was_written_is_read(plan, written):
             assert covariance is None and calibration.inputs_of(path) is None
         else:
             stored = calibration.inputs_of(path)
-            expected = torch.stack([values[covariance_name(name, stored)] for name in plan.expert_names])
-            assert torch.equal(covariance, expected)
+            for matrix, name in zip(covariance, plan.expert_names, strict=True):
+                packed = values[covariance_name(name, stored)]
+                assert torch.equal(matrix, unpack_symmetric(packed, torch.empty_like(matrix)))
     assert calibration.inputs_of("model.layers.1.mlp.up_proj") == "model.layers.1.mlp.gate_proj"
     calibration.close()
 
