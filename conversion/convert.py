@@ -28,10 +28,10 @@ from conversion.hub.conversion_report import add_relative_errors, conversion_rep
 from conversion.hub.model_folder import write_hub_files
 from conversion.io.options import find_device, parse_size
 from conversion.io.shard_writer import ShardWriter
-from conversion.io.sources import check_unchanged, identity
+from conversion.io.sources import check_unchanged
 from conversion.io.staged_folder import StagedFolder, check_disk_space
 from conversion.merging.block_reader import BlockReader
-from conversion.merging.calibration_file import Calibration, read_calibration
+from conversion.merging.calibration_source import find_calibration
 from conversion.merging.channel_costs import ChannelCosts
 from conversion.merging.grouped_module import all_modules
 from conversion.merging.grouping_pass import group_modules
@@ -92,16 +92,27 @@ def convert(
     plan = make_plan(recipe, out, overwrite=overwrite)
     memory = plan_memory(plan, parse_size(max_memory, "max_memory"), torch.get_num_threads(), chunk_bytes)
     torch_device = find_device(device)
-    calibration = open_calibration(plan)
+    source = find_calibration(plan, memory.max_memory, torch.get_num_threads())
+    if source is None and plan.recipe.preset == "recommended":
+        logger.warning(
+            "the recommended preset has no calibration texts: rows are shared by how the weights look, which keeps "
+            "less of the experts than calibration: {data: ...} would"
+        )
     blocks = BlockReader(plan, memory.chunk_bytes, torch_device)
-    fingerprint = conversion_fingerprint(plan, max_shard_size=shard_bytes, device=str(torch_device))
-    check_disk_space(out, plan.max_bytes, fingerprint)
+    fingerprint = conversion_fingerprint(
+        plan,
+        calibration=source and source.identity,
+        max_shard_size=shard_bytes,
+        device=str(torch_device),
+    )
+    check_disk_space(out, plan.max_bytes + (source.disk_bytes if source else 0), fingerprint)
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(StagedFolder(out, overwrite, fingerprint))
         for reader in (plan.base_reader, *plan.readers):
             stack.callback(reader.close)
         costs = None
-        if calibration is not None:
+        if source is not None:
+            calibration = source.open(staged.journal, torch_device, progress)
             stack.callback(calibration.close)
             costs = ChannelCosts(plan, calibration, torch_device)
         bar = stack.enter_context(
@@ -110,7 +121,7 @@ def convert(
         workers = Workers(memory.threads, blocks.stop)
         bar.set_description("grouping channels")
         grouped = group_modules(plan, costs, blocks, workers, staged.journal, bar)
-        report = conversion_report(plan, grouped, calibration)
+        report = conversion_report(plan, grouped, source and source.texts)
         bar.set_description("merging rows")
         writer = ShardWriter(staged.path, output_tensors(plan, grouped), shard_bytes, staged.journal)
         stack.callback(writer.close)
@@ -125,29 +136,6 @@ def convert(
     return Conversion(out, report)
 
 
-def open_calibration(plan: Plan) -> Calibration | None:
-    """The recipe's calibration, which must be of these experts; None without one.
-
-    Raises:
-        ValueError: it is of other experts, or no calibration.
-    """
-    if plan.recipe.calibration is None:
-        if plan.recipe.preset == "recommended":
-            logger.warning(
-                "the recommended preset has no calibration texts: rows are shared by how the weights look, which "
-                "keeps less of the experts than calibration: {data: ...} would"
-            )
-        return None
-    return read_calibration(plan.recipe.folder / plan.recipe.calibration.file, plan)
-
-
-def calibration_identity(plan: Plan) -> Any:
-    """What tells that the recipe's calibration changed."""
-    if plan.recipe.calibration is None:
-        return None
-    return identity(plan.recipe.folder / plan.recipe.calibration.file, True)
-
-
 def conversion_fingerprint(plan: Plan, **choices: Any) -> dict[str, Any]:
     """Everything that the bytes of a conversion depend on: recipe, input files, versions, this code."""
     code = hashlib.sha256()
@@ -157,7 +145,6 @@ def conversion_fingerprint(plan: Plan, **choices: Any) -> dict[str, Any]:
     values = {
         "recipe": plan.recipe.record(),
         "inputs": {source.name: source.files for source in (plan.base, *plan.experts)},
-        "calibration": calibration_identity(plan),
         "versions": package_versions(),
         "code": code.hexdigest(),
         **choices,

@@ -10,7 +10,6 @@ from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.source_card import read_card
 from conversion.io.sources import without_folder
 from conversion.io.weight_files import dtype_text
-from conversion.merging.calibration_file import Calibration
 from conversion.merging.grouped_module import LOSSES, GroupedModule
 from conversion.merging.plan import Plan
 
@@ -19,9 +18,13 @@ RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
 
 
 def conversion_report(
-    plan: Plan, grouped: Mapping[str, GroupedModule], calibration: Calibration | None
+    plan: Plan, grouped: Mapping[str, GroupedModule], texts: Mapping[str, int] | None
 ) -> dict[str, Any]:
-    """What was merged from what, and what came of it, as plain values. The same for every run of the same recipe."""
+    """What was merged from what, and what came of it, as plain values. The same for every run of the same recipe.
+
+    Args:
+        texts: how many texts each expert was calibrated on.
+    """
     names = plan.expert_names
     modules = {}
     stored = distinct = 0
@@ -49,7 +52,7 @@ def conversion_report(
         "base_model": plan.base.record(),
         "experts": [expert.record() for expert in plan.experts],
         "method": plan.recipe.merge_method,
-        **({} if calibration is None else {"calibration_texts": dict(calibration.texts)}),
+        **({} if texts is None else {"calibration_texts": dict(texts)}),
         "seed": plan.recipe.seed,
         "dtype": dtype_text(plan.dtype),
         "versions": package_versions(),

@@ -11,6 +11,7 @@ from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.options import format_bytes, parse_size
 from conversion.io.staged_folder import check_target, free_bytes
 from conversion.io.weight_files import dtype_text
+from conversion.merging.calibration_source import CalibrationData, find_calibration
 from conversion.merging.memory_budget import MAX_THREADS, plan_memory
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
@@ -29,7 +30,7 @@ def plan_conversion(
         recipe, out, overwrite, max_memory: as `convert` takes them.
 
     Returns:
-        Plain values: `checkpoints`, `modules` by kind, `per_expert`, `output`, `memory`.
+        Plain values: `checkpoints`, `modules` by kind, `per_expert`, `output`, `memory`, `calibration` or None.
 
     Raises:
         ValueError: `convert` would refuse this too; but a disk that is too full is only told.
@@ -38,6 +39,7 @@ def plan_conversion(
     plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     threads = min(torch.get_num_threads(), MAX_THREADS)
     memory = plan_memory(plan, parse_size(max_memory, "max_memory"), threads)
+    calibration = find_calibration(plan, memory.max_memory, threads)
     return {
         "checkpoints": [
             {
@@ -65,6 +67,12 @@ def plan_conversion(
             "expected_peak": memory.expected_peak,
             "threads": memory.threads,
             "chunk_bytes": memory.chunk_bytes,
+        },
+        "calibration": calibration
+        and {
+            "texts": calibration.texts,
+            "bytes_in_between": calibration.disk_bytes,
+            "expected_peak": calibration.memory.expected_peak if isinstance(calibration, CalibrationData) else 0,
         },
     }
 
@@ -116,7 +124,7 @@ def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
     modules = Table("channels of", "modules", "channels", "rows at most", "as separate models", title="merged")
     for kind, counts in plan["modules"].items():
         modules.add_row(kind, *(f"{count:,}" for count in counts.values()))
-    output, memory, copies = plan["output"], plan["memory"], plan["per_expert"]
+    output, memory, copies, calibration = plan["output"], plan["memory"], plan["per_expert"], plan["calibration"]
     room = "" if output["bytes_at_most"] <= output["bytes_free"] else " (NOT ENOUGH)"
     return [
         checkpoints,
@@ -128,4 +136,16 @@ def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
         f"{format_bytes(output['bytes_free'])} are free there{room}",
         f"memory      at most {format_bytes(memory['expected_peak'])} of {format_bytes(memory['budget'])}: "
         f"{memory['threads']} threads with chunks of {format_bytes(memory['chunk_bytes'])}",
+        *(() if calibration is None else [calibration_line(calibration)]),
     ]
+
+
+def calibration_line(calibration: dict[str, Any]) -> str:
+    """Which texts count, and what measuring takes beside the rest."""
+    texts = ", ".join(f"{count:,} of {name}" for name, count in calibration["texts"].items())
+    if not calibration["bytes_in_between"]:
+        return f"calibration {texts}, measured before"
+    return (
+        f"calibration {texts}; at most {format_bytes(calibration['expected_peak'])} of memory before the merge, "
+        f"{format_bytes(calibration['bytes_in_between'])} of disk until it is done"
+    )

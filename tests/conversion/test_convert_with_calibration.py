@@ -14,6 +14,7 @@ from conversion import convert as convert_module
 from conversion.channels.channel_loss import DAMPING, FLOOR, POWER
 from conversion.convert import convert
 from conversion.merging import regmean
+from conversion.merging.calibration_source import CalibrationFile
 from conversion.merging.recipe import parse_recipe
 from modeling_channel_merged.channel_merged_layers import find_modules
 
@@ -60,8 +61,7 @@ def calibrate(monkeypatch):
     """Lets the next conversions take a calibration for the file that their recipe names."""
 
     def use(calibration):
-        monkeypatch.setattr(convert_module, "open_calibration", lambda plan: calibration)
-        monkeypatch.setattr(convert_module, "calibration_identity", lambda plan: None)
+        monkeypatch.setattr(convert_module, "find_calibration", lambda *args: CalibrationFile(calibration, None))
         return {"calibration": {"file": "made-up.safetensors"}}
 
     return use
