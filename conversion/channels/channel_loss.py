@@ -9,11 +9,10 @@ With gradients and inputs taken as independent, its mean over the expert's texts
 the covariance H_e = mean of x x^T (I x I) of the matrix's inputs and the mean squared gradient g_eo at the channel.
 Texts are few and the expansion is short, so neither is used as it is measured:
 
-- H_e is scaled to a mean diagonal of 1 and damped: 0.99 H_e + 0.01 identity. Directions that no text showed count a
-  little.
+- H_e is scaled to a mean diagonal of 1 and damped: 0.997 H_e + 0.003 identity. Directions that no text showed count
+  a little.
 - g_eo is scaled to a mean of 1 over all channels of an expert (else the expert with the largest loss takes all rows),
-  raised to a power below 1, and no less than a part of the matrix's mean: a channel that no text needed counts a
-  little, too.
+  its root is taken, and a part of the matrix's mean added: a channel that no text needed counts a little, too.
 
 The row of a group S is the minimiser (RegMean, Jin et al., ICLR 2023, inside groups and weighted)
 
@@ -23,8 +22,9 @@ with g_e averaged over the matrix's channels, so that one factorisation serves a
 with one metric for all experts, the mean H of the H_e: then the cost of any group follows from the channel's N x N
 Gram matrix D H D^T of the deltas D and the weights g_eo, as in `grouping`. With H = L L^T it is that of D L.
 
-A bias is the weight of a constant input 1, taken as uncorrelated with the others. Channels without inputs, such as an
-embedding's, have the identity for H: their merged row is the mean, weighted by g_eo.
+A bias is the weight of a constant input 1, taken as uncorrelated with the others. An embedding's channels, the tokens,
+have no inputs: H is the identity, and their merged row the mean weighted by g_eo. Tied to a head they have the head's
+H, damped to half of the identity.
 
 Shapes: N experts, M members of a group, C channels, O channels of a matrix, I inputs.
 """
@@ -33,8 +33,9 @@ from collections.abc import Sequence
 
 import torch
 
-DAMPING = 0.01
-POWER = 0.3
+DAMPING = 0.003
+EMBEDDING_DAMPING = 0.5
+POWER = 0.5
 FLOOR = 0.2
 LEAST_MEAN = 1e-6  # where no text needed anything of a matrix; 1 is the mean over the model
 
@@ -56,7 +57,7 @@ def channel_weights(gradient_squares: torch.Tensor, means: torch.Tensor) -> torc
     return weights + FLOOR * weights.mean().clamp(min=LEAST_MEAN)
 
 
-def damp_covariances(covariances: torch.Tensor) -> torch.Tensor:
+def damp_covariances(covariances: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """Scale to a mean diagonal of 1 and damp, in place; an expert without any input gets the identity.
 
     Args:
@@ -67,8 +68,8 @@ def damp_covariances(covariances: torch.Tensor) -> torch.Tensor:
     """
     scales = covariances.diagonal(dim1=1, dim2=2).double().mean(1)
     for covariance, scale in zip(covariances, scales.tolist(), strict=True):
-        covariance.mul_((1 - DAMPING) / scale if scale > 0 else 0)
-        covariance.diagonal().add_(DAMPING if scale > 0 else 1)
+        covariance.mul_((1 - damping) / scale if scale > 0 else 0)
+        covariance.diagonal().add_(damping if scale > 0 else 1)
     return torch.where(scales > 0, scales, 1)
 
 

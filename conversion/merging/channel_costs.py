@@ -7,7 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from conversion.channels.channel_loss import channel_weights, damp_covariances, metric_factor
+from conversion.channels.channel_loss import (
+    DAMPING,
+    EMBEDDING_DAMPING,
+    channel_weights,
+    damp_covariances,
+    metric_factor,
+)
 from conversion.merging.calibration_file import Calibration
 from conversion.merging.plan import Plan
 
@@ -48,7 +54,7 @@ class ChannelCosts:
         """How much each expert's channel counts: (N, O) float64, 0 where it has no such channel."""
         squares = self._calibration.gradient_squares(path)
         if self._plan.modules.channel[path].kind == "embedding":
-            squares = squares * self._plan.modules.channel[path].in_features
+            squares = squares * self._plan.modules.channel[path].in_features  # their sum over the hidden size
         if path in self._tied:
             squares = squares + self._calibration.gradient_squares(self._tied[path])
         weights = channel_weights(squares, self._means)
@@ -58,11 +64,8 @@ class ChannelCosts:
 
     def covariances(self, path: str) -> torch.Tensor | None:
         """The experts' damped H of a module: (N, I, I) float32; None: the identity, an embedding's."""
-        covariances = self._calibration.covariance(path)
-        if covariances is not None:
-            damp_covariances(covariances)
-            covariances = covariances.to(self._device)
-        return covariances
+        measured = self._damped(path)
+        return None if measured is None else measured[0].to(self._device)
 
     def mean_metric(self, path: str) -> MeanMetric | None:
         """The metric that a module's channels are compared in; None: the identity, an embedding's.
@@ -70,11 +73,19 @@ class ChannelCosts:
         Raises:
             ValueError: it cannot be made of what was measured.
         """
-        covariances = self._calibration.covariance(path)
-        if covariances is None:
+        measured = self._damped(path)
+        if measured is None:
             return None
-        scales = damp_covariances(covariances)
+        covariances, scales = measured
         try:
             return MeanMetric(metric_factor(covariances.to(self._device)), float((1 / scales).mean()))
         except ValueError as error:
             raise ValueError(f"calibration of {path}: {error}") from None
+
+    def _damped(self, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Damped covariances (N, I, I), and what each was divided by (N,); a tied embedding has those of its head."""
+        covariances = self._calibration.covariance(self._tied.get(path, path))
+        if covariances is None:
+            return None
+        damping = EMBEDDING_DAMPING if path in self._tied else DAMPING
+        return covariances, damp_covariances(covariances, damping)

@@ -86,7 +86,7 @@ def metric_bytes(plan: Plan, path: str) -> int:
     if plan.recipe.calibration is None:
         return 0
     weights = 3 * 8 * plan.num_experts * module.out_features
-    if module.kind == "embedding":
+    if module.kind == "embedding" and path not in {other.tied_to for other in plan.modules.channel.values()}:
         return weights
     square = module.in_features**2
     return weights + square * (4 * plan.num_experts + 3 * 8) + FACTOR_BYTES

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion import convert as convert_module
-from conversion.channels.channel_loss import DAMPING, FLOOR, POWER
+from conversion.channels.channel_loss import DAMPING, EMBEDDING_DAMPING, FLOOR, POWER
 from conversion.convert import convert
 from conversion.merging import regmean
 from conversion.merging.calibration_source import CalibrationFile
@@ -29,7 +29,7 @@ class MadeUpCalibration:
     def __init__(self, base, num_experts: int, plain: bool = False):
         self.modules = find_modules(AutoModelForCausalLM.from_pretrained(base)).channel
         self.num_experts, self.plain = num_experts, plain
-        self.tied = {module.tied_to for module in self.modules.values()}
+        self.tied = {module.tied_to for module in self.modules.values()} - {None}
         self.texts = {f"e{number}": 10 + number for number in range(num_experts)}
 
     def covariance(self, path):
@@ -82,12 +82,13 @@ def weights_of(calibration, path) -> torch.Tensor:
 
 
 def damped(calibration, path) -> torch.Tensor | None:
-    raw = calibration.covariance(path)
+    tied = path in calibration.tied
+    raw = calibration.covariance("lm_head" if tied else path)
     if raw is None:
         return None
-    raw = raw.double()
+    raw, damping = raw.double(), EMBEDDING_DAMPING if tied else DAMPING
     scaled = raw / raw.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return (1 - DAMPING) * scaled + DAMPING * torch.eye(raw.shape[1])
+    return (1 - damping) * scaled + damping * torch.eye(raw.shape[1])
 
 
 def merged_rows(calibration, path, members, rows, expert_weights) -> torch.Tensor:
