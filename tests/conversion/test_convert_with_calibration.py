@@ -1,8 +1,9 @@
 """Conversions whose rows are grouped and merged by what they do, against plain dense arithmetic on whole matrices.
 
-What a calibration measures is made up here: the conversion's side is tested, not the measuring.
+What a calibration measures is made up here, but at the end: the conversion's side is tested, not the measuring.
 """
 
+import json
 import logging
 
 import pytest
@@ -12,9 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from conversion import convert as convert_module
 from conversion.channels.channel_loss import DAMPING, EMBEDDING_DAMPING, FLOOR, POWER
+from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.convert import convert
+from conversion.io.journal import Journal
+from conversion.merging import calibration as calibration_room
 from conversion.merging import regmean
-from conversion.merging.calibration_source import CalibrationFile
+from conversion.merging.calibration_file import write_calibration
+from conversion.merging.calibration_source import CalibrationFile, find_calibration
+from conversion.merging.dry_run import plan_conversion
 from conversion.merging.recipe import parse_recipe
 from modeling_channel_merged.channel_merged_layers import find_modules
 
@@ -231,3 +237,57 @@ def test_without_texts_the_recommended_preset_says_once_what_is_lost(make_expert
         report = convert(parse_recipe(data), tmp_path / "out", progress=False).report
     assert sum("recommended preset has no calibration texts" in line for line in caplog.messages) == 1
     assert report["method"] == "linear" and "calibration_texts" not in report
+
+
+def write_texts(file, num_experts: int, count: int = 20) -> str:
+    rows = [
+        {"prompt": f"{number} plus {number} is", "completion": f" {2 * number}" * (1 + expert), "expert": f"e{expert}"}
+        for number in range(count)
+        for expert in range(num_experts)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file.name
+
+
+def test_texts_are_measured_once_and_a_file_of_them_gives_the_same_bytes(
+    make_experts, write_recipe, tmp_path, monkeypatch
+):
+    """A conversion that is stopped after measuring goes on without; the recipe's path is beside the recipe."""
+    base, experts = make_experts("qwen2", 3, num_hidden_layers=1)
+    keys = {"preset": "recommended", "calibration": {"data": write_texts(tmp_path / "texts.jsonl", 3)}}
+    recipe = parse_recipe(write_recipe(base, experts, **keys), folder=tmp_path)
+    measured, group_modules = [], convert_module.group_modules
+
+    def keep(plan, *args):
+        source = find_calibration(plan, 10**9, 1)
+        calibration = source.open(Journal(folder, {}), torch.device("cpu"), False)
+        write_calibration(calibration, tmp_path / "measured.safetensors", {})
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    monkeypatch.setattr(convert_module, "group_modules", keep)
+    with pytest.raises(KeyboardInterrupt):
+        convert(recipe, tmp_path / "out", progress=False)
+    monkeypatch.setattr(convert_module, "group_modules", group_modules)
+    monkeypatch.setattr(calibration_room, "load_expert_model", lambda *args: measured.append(args))
+    report = convert(recipe, tmp_path / "out", progress=False).report
+    assert not measured
+    assert report["calibration_texts"] == {"e0": 20, "e1": 20, "e2": 20}
+    assert report["recipe"]["calibration"] == {"data": "texts.jsonl"}
+    assert "20 of `e1`" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    file = {"preset": "recommended", "calibration": {"file": "measured.safetensors"}}
+    convert(parse_recipe(write_recipe(base, experts, **file), folder=tmp_path), tmp_path / "again", progress=False)
+    first, second = load_tensors(tmp_path / "out"), load_tensors(tmp_path / "again")
+    assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+    assert inspect_checkpoint(tmp_path / "again").share <= 0.5
+
+    _, others = make_experts("qwen2", 3, num_hidden_layers=1, seed=1)
+    wrong = parse_recipe(write_recipe(base, others, **file), folder=tmp_path)
+    for refuse in (
+        lambda: convert(wrong, tmp_path / "no", progress=False),
+        lambda: plan_conversion(wrong, tmp_path / "no"),
+    ):
+        with pytest.raises(ValueError, match="measured on another expert 'e0': its weights differ"):
+            refuse()
+    assert not (tmp_path / "no").exists()

@@ -111,6 +111,20 @@ def test_a_budget_of_a_7b_model_fits_too(tmp_path, no_data, write_recipe):
     assert plan["memory"]["threads"] == torch.get_num_threads() and plan["memory"]["expected_peak"] <= 2e9
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not sparse by themselves")
+def test_a_calibrated_7b_model_fits_into_24_gb(tmp_path, no_data, write_recipe):
+    """Four experts, two threads: covariances of the widest matrix, and what a factorisation takes."""
+    config = LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    model = write_headers(tmp_path / "model", config)
+    keys = {"preset": "recommended", "calibration": {"file": "measured.safetensors"}}
+    plan = make_plan(parse_recipe(write_recipe(model, [model] * 4, **keys)))
+    memory = plan_memory(plan, 24 * 10**9, threads=2)
+    least = 4 * 4 * 11008**2 + 3 * 8 * 11008**2
+    assert memory.threads == 2 and 2 * least < memory.expected_peak < 14e9
+    with pytest.raises(ValueError, match=r"expected at least [56]\.\d\d GB for 4 experts"):
+        plan_memory(plan, 2 * 10**9, threads=2)
+
+
 @pytest.mark.parametrize("num_experts", [8, 62])
 def test_the_bound_holds_for_many_experts_too(tmp_path, no_data, write_recipe, num_experts):
     """With more experts there are fewer threads and smaller chunks; not more memory."""
