@@ -54,6 +54,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# One row per channel is half of two experts already.
+BUDGET_OF_TWO = 0.75
+
 EXPERT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
@@ -238,6 +241,8 @@ class Recipe(StrictModel):
         """The preset as far as it applies: a mean stands for a merge that there are no calibration texts for."""
         preset = PRESETS[self.preset] if self.preset else NO_PRESET
         grouping = preset["grouping"]
+        if "budget" in grouping and len(self.experts) == 2:
+            grouping = {**grouping, "budget": BUDGET_OF_TWO}
         if self.grouping.budget is not None:
             grouping = {"similarity": "l2"}
         elif self.grouping.num_groups is not None:
