@@ -19,6 +19,7 @@ from conversion.vocabulary.calibration_texts import CalibrationText
 
 MEMORY = 10**9
 FINGERPRINT = {"run": 1}
+CALIBRATION = {"data": "texts.jsonl"}
 
 
 def random_texts(num_experts: int, count: int = 7, seed: int = 0, longest: int = 40) -> list[CalibrationText]:
@@ -34,7 +35,9 @@ def random_texts(num_experts: int, count: int = 7, seed: int = 0, longest: int =
 @pytest.fixture
 def plan_of(make_experts, write_recipe):
     def plan_of(family: str = "llama", num_experts: int = 2, **keys):
-        return make_plan(parse_recipe(write_recipe(*make_experts(family, num_experts, **keys))))
+        return make_plan(
+            parse_recipe(write_recipe(*make_experts(family, num_experts, **keys), calibration=CALIBRATION))
+        )
 
     return plan_of
 
@@ -45,7 +48,7 @@ def measure(tmp_path):
         memory = plan_calibration(plan, max_memory, threads, max(len(text.input_ids) for text in texts))
         (tmp_path / folder).mkdir(exist_ok=True)
         journal = Journal(tmp_path / folder, FINGERPRINT)
-        return measure_calibration(plan, texts, "texts.jsonl", memory, journal, progress=False, **keys)
+        return measure_calibration(plan, texts, memory, journal, progress=False, **keys)
 
     return measure
 
@@ -137,7 +140,10 @@ def test_an_adapter_is_measured(plan_of, make_experts, write_recipe, measure, tm
         LoraConfig(r=3, lora_alpha=40, target_modules="all-linear", init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "adapter")
-    plan, texts = make_plan(parse_recipe(write_recipe(base, [*experts, tmp_path / "adapter"]))), random_texts(2)
+    plan, texts = (
+        make_plan(parse_recipe(write_recipe(base, [*experts, tmp_path / "adapter"], calibration=CALIBRATION))),
+        random_texts(2),
+    )
     calibration = measure(plan, texts)
     assert_measured(calibration, 1, plan, *reference(plan, 1, texts[1::2], model.merge_and_unload()), tolerance=1e-3)
 
