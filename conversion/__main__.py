@@ -98,7 +98,7 @@ def calibrate(
         Path, typer.Argument(metavar="OUT-FILE", help="File of what is measured, calibration.safetensors.")
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a calibration file that is there.")] = False,
-    max_memory: Annotated[str, typer.Option(help="Memory to use beside one expert's weights.")] = "2GB",
+    max_memory: Annotated[str, typer.Option(help="Memory to use beside one expert's weights.")] = "6GB",
     device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, ...")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check, and print the plan: texts, passes, memory, disk.")
@@ -113,7 +113,7 @@ def calibrate(
     Examples:
       channel-merge calibrate recipe.yaml calibration.safetensors
       channel-merge calibrate recipe.yaml calibration.safetensors --dry-run
-      channel-merge calibrate recipe.yaml calibration.safetensors --device cuda --max-memory 8GB
+      channel-merge calibrate recipe.yaml calibration.safetensors --device cuda --max-memory 9GB
     """
     if dry_run:
         from rich.console import Console

@@ -25,7 +25,7 @@ from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.vocabulary.calibration_texts import CalibrationText
 
-MAX_MEMORY = "2GB"
+MAX_MEMORY = "6GB"  # a 7B in bfloat16 stays below 24 GiB with it
 FILE_NAME = "calibration.safetensors"
 
 
@@ -69,7 +69,7 @@ def calibrate(
         recipe: a recipe with calibration texts, or the path of its YAML file.
         out: the file to make. It appears only when it is complete.
         overwrite: replace a calibration file that is there.
-        max_memory: memory that may be used beside one expert's weights, bytes or a size such as "2GB"; no result
+        max_memory: memory that may be used beside one expert's weights, bytes or a size such as "6GB"; no result
             depends on it.
         device: where the models run.
         progress: show a progress bar.
