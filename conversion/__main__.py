@@ -120,7 +120,7 @@ def calibrate(
 
         from conversion.calibrate import plan_lines, plan_only
 
-        plan = plan_only(recipe, out, overwrite=overwrite, max_memory=max_memory)
+        plan = plan_only(recipe, out, overwrite=overwrite, max_memory=max_memory, device=device)
         Console().print(*plan_lines(plan), sep="\n", soft_wrap=True)
         return
     from conversion.calibrate import calibrate as run

@@ -43,12 +43,15 @@ class Prepared:
         return 2 * self.memory.disk_bytes
 
 
-def prepare(recipe: Recipe | Path | str, out: Path, overwrite: bool, max_memory: int | str) -> Prepared:
+def prepare(
+    recipe: Recipe | Path | str, out: Path, overwrite: bool, max_memory: int | str, device: torch.device
+) -> Prepared:
     """Read the texts and check everything that can be checked before weights are read; errors as of `calibrate`."""
     check_target_file(out, is_calibration, overwrite)
     plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     texts = read_texts(plan)
-    memory = plan_calibration(plan, parse_size(max_memory, "max_memory"), torch.get_num_threads(), longest_text(texts))
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    memory = plan_calibration(plan, parse_size(max_memory, "max_memory"), threads, longest_text(texts))
     return Prepared(plan, texts, memory)
 
 
@@ -80,8 +83,9 @@ def calibrate(
         OSError: a file cannot be read or written.
     """
     out = Path(out)
-    prepared = prepare(recipe, out, overwrite, max_memory)
-    plan, torch_device = prepared.plan, find_device(device)
+    torch_device = find_device(device)
+    prepared = prepare(recipe, out, overwrite, max_memory, torch_device)
+    plan = prepared.plan
     fingerprint = calibration_fingerprint(prepared, torch_device)
     check_disk_space(out, prepared.disk_bytes, fingerprint)
     with contextlib.ExitStack() as stack:
@@ -114,7 +118,12 @@ def calibration_fingerprint(prepared: Prepared, device: torch.device) -> dict[st
 
 
 def plan_only(
-    recipe: Recipe | Path | str, out: Path | str, *, overwrite: bool = False, max_memory: int | str = MAX_MEMORY
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    overwrite: bool = False,
+    max_memory: int | str = MAX_MEMORY,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Check everything that can be checked before weights are read, and say what it would take. Writes nothing.
 
@@ -124,7 +133,7 @@ def plan_only(
     Raises:
         ValueError: `calibrate` would refuse this too; but a disk that is too full is only told.
     """
-    prepared = prepare(recipe, Path(out), overwrite, max_memory)
+    prepared = prepare(recipe, Path(out), overwrite, max_memory, find_device(device))
     names, memory = prepared.plan.expert_names, prepared.memory
     lengths = {name: [] for name in names}
     for text in prepared.texts:

@@ -41,7 +41,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conversion.channels.packed_symmetric import SquareSum
+from conversion.io.data_rows import DATA_SUFFIXES
 from conversion.io.journal import Journal
+from conversion.io.options import format_bytes
 from conversion.io.sources import without_folder
 from conversion.merging.calibration_file import (
     Calibration,
@@ -93,7 +95,7 @@ def local_path(data: str, recipe: Recipe) -> str:
     """A file as it is named in a recipe, by the recipe's folder; what is no file, a Hub dataset, as it stands."""
     path = Path(data).expanduser()
     named = path if path.is_absolute() else recipe.folder / path
-    return str(named) if named.is_file() or path.suffix else data
+    return str(named) if named.is_file() or path.suffix in DATA_SUFFIXES else data
 
 
 def longest_text(texts: list[CalibrationText]) -> int:
@@ -135,15 +137,22 @@ def measure_calibration(
                 path: journal.folder / f"{prefix}-{place:05}.safetensors" for place, path in enumerate(sources)
             }
             files += [gradients, *covariances.values()]
-            if not journal.finished(gradients.stem):
-                squares = expert.gradient_squares()
-                save_file({gradients_name(name, path): values for path, values in squares.items()}, gradients)
-                journal.record(gradients.stem, gradients)
-            groups = memory.groups([path for path in sources if not journal.finished(covariances[path].stem)])
-            for place, group in enumerate(groups, start=1):
-                for path, packed in expert.covariances(group, f"covariances, part {place} of {len(groups)}"):
-                    save_file({covariance_name(name, path): packed}, covariances[path])
-                    journal.record(covariances[path].stem, covariances[path])
+            try:
+                if not journal.finished(gradients.stem):
+                    squares = expert.gradient_squares()
+                    save_file({gradients_name(name, path): values for path, values in squares.items()}, gradients)
+                    journal.record(gradients.stem, gradients)
+                groups = memory.groups([path for path in sources if not journal.finished(covariances[path].stem)])
+                for place, group in enumerate(groups, start=1):
+                    for path, packed in expert.covariances(group, f"covariances, part {place} of {len(groups)}"):
+                        save_file({covariance_name(name, path): packed}, covariances[path])
+                        journal.record(covariances[path].stem, covariances[path])
+            except torch.OutOfMemoryError:
+                needed = format_bytes(memory.expected_peak)
+                raise ValueError(
+                    f"{device} has too little memory free to measure expert {name!r}, which may take {needed}: "
+                    "give a smaller max_memory"
+                ) from None
             bar.update(sum(map(len, batches[: number + 1])) * steps - bar.n)
     return Calibration("the calibration", record(plan, texts, memory.inputs), parts_of(files), plan)
 

@@ -59,7 +59,7 @@ def names(folder: Path) -> set[str]:
 
 def least_memory(recipe: Path) -> int:
     """Enough for one batch and the widest module at a time."""
-    memory = room.prepare(recipe, recipe.parent / "nothing", False, "1GB").memory
+    memory = room.prepare(recipe, recipe.parent / "nothing", False, "1GB", torch.device("cpu")).memory
     return memory.activation_bytes + max(memory.sum_bytes.values()) + memory.written_bytes
 
 
@@ -201,3 +201,21 @@ def test_a_full_disk_is_told_before(recipe, run, tmp_path, monkeypatch):
     monkeypatch.setattr("conversion.io.staged_folder.free_bytes", lambda *args: 1000)
     code, _, err = run("calibrate", recipe, tmp_path / "out")
     assert code == 2 and "out needs up to" in err and "are free there" in err
+
+
+def test_a_device_that_is_too_small_is_told(recipe, run, tmp_path, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("Tried to allocate")
+
+    monkeypatch.setattr(measuring, "load_expert_model", full)
+    code, _, err = run("calibrate", recipe, tmp_path / "out", "--no-progress")
+    assert code == 2 and "cpu has too little memory free to measure expert 'e0'" in err and err.count("\n") == 1
+
+
+def test_a_data_set_is_not_taken_for_a_file(recipe, tmp_path):
+    """Nor a file that is not there for a data set."""
+    loaded = load_recipe(recipe)
+    assert measuring.local_path("texts.jsonl", loaded) == str(tmp_path / "texts.jsonl")
+    assert measuring.local_path("gone.csv", loaded) == str(tmp_path / "gone.csv")
+    for name in ("user/texts", "user/texts-v1.5", "user/texts:test"):
+        assert measuring.local_path(name, loaded) == name
