@@ -254,6 +254,42 @@ def group_by_number(
     return labels, costs
 
 
+def group_by_costs(
+    group_costs: torch.Tensor, distinct: torch.Tensor, *, most_groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `group_by_number`, from what each group of up to `MAX_ENUMERATED` experts costs.
+
+    Args:
+        group_costs: (2^N, C) float64, by the bit mask of the group.
+        distinct: (N, C) int64, from `equal_rows`.
+        most_groups: K.
+    """
+    num_experts, num_channels = distinct.shape
+    total = group_costs[-1]
+    labels = distinct.to(torch.int8).repeat(most_groups, 1, 1)
+    costs = torch.zeros((most_groups, num_channels), dtype=torch.float64, device=distinct.device)
+    experts = torch.arange(num_experts, device=distinct.device)[:, None]
+    num_distinct = (distinct == experts).sum(0)
+    for number in range(1, most_groups + 1):
+        crowded = (num_distinct > number).nonzero()[:, 0]
+        for channels in crowded.split(_channels_per_block(num_experts, number)):
+            found = _best_partition(group_costs[:, channels], total[channels], distinct[:, channels], number)
+            labels[number - 1][:, channels] = lowest_members(found).to(torch.int8)
+            costs[number - 1, channels] = _costs_of(group_costs[:, channels], found)
+    return labels, costs
+
+
+def _costs_of(group_costs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the costs (2^N, C) of the groups that have one label (N, C): (C,)."""
+    bits = 1 << torch.arange(len(labels), device=labels.device)[:, None]
+    total = torch.zeros_like(group_costs[0])
+    for expert, label in enumerate(labels):
+        together = labels == label
+        leads = ~together[:expert].any(0)
+        total += group_costs.gather(0, (together * bits).sum(0, keepdim=True))[0] * leads
+    return total
+
+
 def lowest_members(labels: torch.Tensor) -> torch.Tensor:
     """Rename groups after their lowest expert: (N, C) any labels to (N, C) int64."""
     lowest = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
@@ -340,8 +376,14 @@ def _enumerate(
     links: torch.Tensor, weights: torch.Tensor, total: torch.Tensor, distinct: torch.Tensor, num_groups: int
 ) -> torch.Tensor:
     """Labels (N, C) of the best partition into K groups, by trying all of them."""
-    labels, subsets, kept_pairs = (t.to(links.device) for t in _grouped_partitions(len(weights), num_groups))
-    subset_costs = _subset_costs(links, weights)
+    return _best_partition(_subset_costs(links, weights), total, distinct, num_groups)
+
+
+def _best_partition(
+    subset_costs: torch.Tensor, total: torch.Tensor, distinct: torch.Tensor, num_groups: int
+) -> torch.Tensor:
+    """Labels (N, C) of the partition into K groups whose subsets, (2^N, C), cost least."""
+    labels, subsets, kept_pairs = (t.to(distinct.device) for t in _grouped_partitions(len(distinct), num_groups))
     costs = subset_costs.index_select(0, subsets[:, 0])  # (P, C)
     for group in range(1, num_groups):
         costs += subset_costs.index_select(0, subsets[:, group])

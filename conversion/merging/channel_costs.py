@@ -3,26 +3,11 @@
 Shapes: N experts, O channels, I inputs.
 """
 
-from typing import NamedTuple
-
 import torch
 
-from conversion.channels.channel_loss import (
-    DAMPING,
-    EMBEDDING_DAMPING,
-    channel_weights,
-    damp_covariances,
-    metric_factor,
-)
+from conversion.channels.channel_loss import Use, channel_weights, damp_covariances
 from conversion.merging.calibration_file import Calibration
 from conversion.merging.plan import Plan
-
-
-class MeanMetric(NamedTuple):
-    """In which metric the rows of one module are compared: the mean of the experts' own."""
-
-    factor: torch.Tensor  # (I, I) float32: the metric is L L^T
-    bias_weight: float  # of a bias: its input is 1, the others are scaled to 1
 
 
 class ChannelCosts:
@@ -50,42 +35,18 @@ class ChannelCosts:
                 raise ValueError(f"calibration: no channel of expert {name!r} has a gradient on its texts")
         self._tied = {module.tied_to: path for path, module in plan.modules.channel.items() if module.tied_to}
 
-    def weights(self, path: str) -> torch.Tensor:
-        """How much each expert's channel counts: (N, O) float64, 0 where it has no such channel."""
-        squares = self._calibration.gradient_squares(path)
-        if self._plan.modules.channel[path].kind == "embedding":
-            squares = squares * self._plan.modules.channel[path].in_features  # their sum over the hidden size
+    def uses(self, path: str) -> list[Use]:
+        """How a module's rows are used: as its own, and those of a tied embedding as its head's, too."""
+        uses = [self._use(path)]
         if path in self._tied:
-            squares = squares + self._calibration.gradient_squares(self._tied[path])
-        weights = channel_weights(squares, self._means)
+            uses.append(self._use(self._tied[path]))
+        return uses
+
+    def _use(self, path: str) -> Use:
+        weights = channel_weights(self._calibration.gradient_squares(path), self._means)
         weights *= torch.tensor([[expert.weight] for expert in self._plan.recipe.experts], dtype=torch.float64)
-        present = self._plan.present(path)
-        return weights if present is None else weights * present
-
-    def covariances(self, path: str) -> torch.Tensor | None:
-        """The experts' damped H of a module: (N, I, I) float32; None: the identity, an embedding's."""
-        measured = self._damped(path)
-        return None if measured is None else measured[0].to(self._device)
-
-    def mean_metric(self, path: str) -> MeanMetric | None:
-        """The metric that a module's channels are compared in; None: the identity, an embedding's.
-
-        Raises:
-            ValueError: it cannot be made of what was measured.
-        """
-        measured = self._damped(path)
-        if measured is None:
-            return None
-        covariances, scales = measured
-        try:
-            return MeanMetric(metric_factor(covariances.to(self._device)), float((1 / scales).mean()))
-        except ValueError as error:
-            raise ValueError(f"calibration of {path}: {error}") from None
-
-    def _damped(self, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Damped covariances (N, I, I), and what each was divided by (N,); a tied embedding has those of its head."""
-        covariances = self._calibration.covariance(self._tied.get(path, path))
-        if covariances is None:
-            return None
-        damping = EMBEDDING_DAMPING if path in self._tied else DAMPING
-        return covariances, damp_covariances(covariances, damping)
+        present, covariances = self._plan.present(path), self._calibration.covariance(path)
+        return Use(
+            weights if present is None else weights * present,
+            None if covariances is None else damp_covariances(covariances).to(self._device),
+        )

@@ -12,9 +12,12 @@ import torch
 from tqdm import tqdm
 
 from conversion.channels.budget import allocate_rows
+from conversion.channels.channel_loss import mean_metric
 from conversion.channels.grouping import (
+    MAX_ENUMERATED,
     equal_rows,
     gram_matrices,
+    group_by_costs,
     group_by_number,
     group_channels,
     partition_costs,
@@ -25,9 +28,10 @@ from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.journal import Journal
 from conversion.io.row_reader import check_tensor_finite, check_tied_head
 from conversion.merging.block_reader import Block, BlockReader
-from conversion.merging.channel_costs import ChannelCosts, MeanMetric
+from conversion.merging.channel_costs import ChannelCosts
 from conversion.merging.grouped_module import LOSSES, GroupedModule, ModuleChoices, ModuleGroups, ModuleRows
 from conversion.merging.plan import Plan
+from conversion.merging.regmean import group_costs
 from conversion.merging.workers import Workers
 
 Result = TypeVar("Result")
@@ -104,20 +108,26 @@ def group_module(plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, pa
     grouping = plan.recipe.grouping
     trims = new_trims(plan, channel_parameters(plan.modules, path))
     labels, distinct, squares, losses = [], [], [], []
+    most = min(grouping.num_groups, plan.num_experts)
     for chunk in compared_chunks(plan, costs, blocks, path, trims, bar):
-        groups = group_channels(
-            chunk.gram,
-            chunk.distinct,
-            num_groups=grouping.num_groups,
-            similarity=grouping.similarity,
-            weights=chunk.weights,
-        )
+        if chunk.group_costs is not None:
+            by_number, numbers = group_by_costs(chunk.group_costs, chunk.distinct, most_groups=most)
+            groups = by_number[-1].long()
+            losses.append(numbers[[-1, 0]].sum(1).cpu())
+        else:
+            groups = group_channels(
+                chunk.gram,
+                chunk.distinct,
+                num_groups=grouping.num_groups,
+                similarity=grouping.similarity,
+                weights=chunk.weights,
+            )
+            if costs is not None:
+                both = [partition_costs(chunk.gram, part, weights=chunk.weights) for part in (groups, 0 * groups)]
+                losses.append(torch.stack(both).sum(1).cpu())
         squares.append(chunk.squares)
         distinct.append(chunk.distinct.to("cpu", torch.int8))
         labels.append(groups.to("cpu", torch.int8))
-        if costs is not None:
-            both = [partition_costs(chunk.gram, part, weights=chunk.weights) for part in (groups, 0 * groups)]
-            losses.append(torch.stack(both).sum(1).cpu())
     distinct, present = torch.cat(distinct, dim=1), plan.present(path)
     layout, copied = lay_out(torch.cat(labels, dim=1), distinct, present)
     return ModuleGroups(
@@ -137,17 +147,19 @@ def weigh_module(plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, pa
     channels, most = plan.modules.channel[path].out_features, plan.row_bounds(path)[1]
     labels = torch.empty(most, plan.num_experts, channels, dtype=torch.int8)
     distinct = torch.empty(plan.num_experts, channels, dtype=torch.int8)
-    group_costs = torch.empty(most, channels, dtype=torch.float64)
+    least_costs = torch.empty(most, channels, dtype=torch.float64)
     squares = torch.empty(plan.num_experts, channels, dtype=torch.float64)
     for chunk in compared_chunks(plan, costs, blocks, path, trims, bar):
         here = slice(chunk.start, chunk.stop)
-        labels[..., here], group_costs[:, here] = group_by_number(
-            chunk.gram, chunk.distinct, most_groups=most, weights=chunk.weights
-        )
+        if chunk.group_costs is not None:
+            found = group_by_costs(chunk.group_costs, chunk.distinct, most_groups=most)
+        else:
+            found = group_by_number(chunk.gram, chunk.distinct, most_groups=most, weights=chunk.weights)
+        labels[..., here], least_costs[:, here] = found
         distinct[:, here], squares[:, here] = chunk.distinct, chunk.squares
     return ModuleChoices(
         labels=labels,
-        costs=group_costs,
+        costs=least_costs,
         distinct=distinct,
         delta_squares=sum_present(squares, plan.present(path)),
         thresholds={} if not distinct.any() else find_thresholds(blocks, path, trims),
@@ -207,7 +219,8 @@ class ComparedChunk(NamedTuple):
     distinct: torch.Tensor  # (N, C) int64: the first expert with the same row
     weights: (
         torch.Tensor | None
-    )  # how much each expert's loss counts: (N, C), 0 for a channel it lacks; None: all alike
+    )  # (N, C): how much each expert counts, 0 where it has no such channel; None: all alike
+    group_costs: torch.Tensor | None  # (2^N, C) float64, of a calibration of few experts: what each group costs
     squares: torch.Tensor  # (N, C) float64 on the CPU: squared norm of each delta
 
 
@@ -219,31 +232,33 @@ def compared_chunks(
     trims: dict[str, list[MagnitudeThreshold]],
     bar: tqdm,
 ) -> Iterator[ComparedChunk]:
-    """Read a module once, compare its rows chunk by chunk, and show its deltas to the trims."""
-    metric = None if costs is None else costs.mean_metric(path)
-    weights = plan.present(path) if costs is None else costs.weights(path)
+    """Read a module, compare its rows chunk by chunk, and show its deltas to the trims."""
+    weights, factor, every = plan.present(path), None, None
+    if costs is not None and plan.num_experts <= MAX_ENUMERATED:
+        every = group_costs(plan, costs, blocks, path, bar)
+    elif costs is not None:
+        weights, factor = mean_metric(costs.uses(path))
     for parameters in blocks.blocks(path):
         deltas = [block.deltas() for block in parameters]
         rows = [block.rows(plan.dtype) for block in parameters]
         plain = sum(gram_matrices(part) for part in deltas)
         check_finite(plan, parameters, rows, plain)
         first = parameters[0]
+        here = slice(first.start, first.stop)
+        gram = plain
+        if factor is not None:  # a bias is the weight of an input of 1
+            gram = gram_matrices(deltas[0] @ factor) + sum(gram_matrices(bias) for bias in deltas[1:])
         yield ComparedChunk(
             first.start,
             first.stop,
-            plain if metric is None else metric_gram(deltas, metric),
+            gram,
             equal_rows(rows[0], rows[1] if len(rows) > 1 else None),
-            None if weights is None else weights[:, first.start : first.stop].to(blocks.device),
+            None if weights is None else weights[:, here].to(blocks.device),
+            None if every is None else every[:, here].to(blocks.device),
             plain.diagonal(dim1=1, dim2=2).T.to("cpu", copy=True),
         )
         update_trims(trims, deltas, first.present)
         bar.update(sum(block.num_bytes for block in parameters))
-
-
-def metric_gram(deltas: list[torch.Tensor], metric: MeanMetric) -> torch.Tensor:
-    """Gram matrices (C, N, N) of the deltas of a weight (N, C, I), and of a bias (N, C, 1), in a metric."""
-    weight, *biases = deltas
-    return gram_matrices(weight @ metric.factor) + sum(metric.bias_weight * gram_matrices(bias) for bias in biases)
 
 
 def sum_present(squares: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:

@@ -1,16 +1,21 @@
-"""The groups of one module merged by what a calibration says that their rows do.
+"""What groups of one module cost, and how they are merged, by what a calibration says that their rows do.
 
 Shapes: N experts, C channels of one chunk, I inputs, M members of a group.
 """
 
-import torch
+from collections.abc import Sequence
 
-from conversion.channels.channel_loss import GroupSolver, weighted_mean
+import torch
+from tqdm import tqdm
+
+from conversion.channels.channel_loss import GroupSolver, Use
+from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.channels.merge_methods import row_deltas
-from conversion.merging.block_reader import Block
+from conversion.merging.block_reader import Block, BlockReader
 from conversion.merging.channel_costs import ChannelCosts
-from conversion.merging.grouped_module import ModuleRows
+from conversion.merging.grouped_module import ModuleRows, members_of
 from conversion.merging.memory_budget import FACTOR_BYTES
+from conversion.merging.plan import Plan
 
 
 class RegMean:
@@ -24,13 +29,9 @@ class RegMean:
 
     def __init__(self, costs: ChannelCosts, path: str, rows: ModuleRows):
         self._path = path
-        self._weights = costs.weights(path)  # (N, O)
-        self._means = self._weights.sum(1) / (self._weights > 0).sum(1).clamp(min=1)
         merged = rows.merged_owners()
-        self._covariances = costs.covariances(path) if merged else None
-        at_once = max(1, len(merged))
-        if self._covariances is not None:
-            at_once = max(1, FACTOR_BYTES // (8 * self._covariances[0].numel()))
+        self._uses = costs.uses(path) if merged else []
+        at_once = solvers_at_once(self._uses)
         self._passes = {members: place // at_once for place, members in enumerate(merged)}
         self._solvers: dict[tuple[int, ...], GroupSolver] = {}
         self.num_passes = 1 + max(self._passes.values(), default=0)
@@ -43,15 +44,9 @@ class RegMean:
         """
         self._now = number
         self._solvers.clear()
-        if self._covariances is None:
-            return
         for members in self._passes:
             if self.takes(members):
-                covariances = [self._covariances[member] for member in members]
-                try:
-                    self._solvers[members] = GroupSolver(covariances, self._means[list(members)].tolist())
-                except ValueError as error:
-                    raise ValueError(f"calibration of {self._path}: {error}") from None
+                self._solvers[members] = make_solver(self._path, self._uses, members)
 
     def takes(self, members: tuple[int, ...]) -> bool:
         """Whether the rows of an owner set are due in this pass; those that are all copied are in the first."""
@@ -70,11 +65,46 @@ class RegMean:
         Returns:
             (C, I) float32.
         """
-        if members in self._solvers and block.base.dim() == 2:
-            deltas = row_deltas(base, rows)
-            return self._solvers[members].solve(deltas).add_(base).float()
-        if block.base.dim() == 1:
-            weights = self._means[list(members), None].expand(-1, len(channels))
-        else:
-            weights = self._weights[list(members)][:, channels.cpu() + block.start]
-        return weighted_mean(rows, weights.to(rows.device)).float()
+        solver, deltas = self._solvers[members], row_deltas(base, rows)
+        merged = solver.bias(deltas) if block.base.dim() == 1 else solver.solve(deltas, channels + block.start)
+        return merged.add_(base).float()
+
+
+def solvers_at_once(uses: Sequence[Use]) -> int:
+    """How many groups of one module are solved in one pass."""
+    squares = [use.covariances[0].numel() for use in uses if use.covariances is not None]
+    return max(1, FACTOR_BYTES // (8 * max(squares))) if squares else 1 << MAX_ENUMERATED
+
+
+def make_solver(path: str, uses: Sequence[Use], members: Sequence[int]) -> GroupSolver:
+    """The solver of one group of one module; ValueError where its covariances cannot be inverted."""
+    try:
+        return GroupSolver(uses, members)
+    except ValueError as error:
+        raise ValueError(f"calibration of {path}: {error}") from None
+
+
+def group_costs(plan: Plan, costs: ChannelCosts, blocks: BlockReader, path: str, bar: tqdm) -> torch.Tensor:
+    """What every group of experts costs in every channel of a module: (2^N, O) float64, by the group's bit mask.
+
+    It reads the module once for as many groups as are solved at once. A group of whom some have no such channel costs
+    what the others do.
+    """
+    uses, present = costs.uses(path), plan.present(path)
+    groups = [mask for mask in range(1 << plan.num_experts) if mask.bit_count() > 1]
+    total = torch.zeros(1 << plan.num_experts, plan.modules.channel[path].out_features, dtype=torch.float64)
+    at_once = solvers_at_once(uses)
+    for first in range(0, len(groups), at_once):
+        now = groups[first : first + at_once]
+        solvers = {mask: make_solver(path, uses, members_of(mask)) for mask in now}
+        for parameters in blocks.blocks(path):
+            deltas = [block.deltas() for block in parameters]
+            here = torch.arange(parameters[0].start, parameters[0].stop)
+            for mask, solver in solvers.items():
+                own = [delta[list(members_of(mask))] for delta in deltas]
+                total[mask, here] = solver.costs(own, here).cpu()
+            bar.update(sum(block.num_bytes for block in parameters) * len(now) / len(groups))
+    if present is not None:
+        bits = (present * (1 << torch.arange(plan.num_experts))[:, None]).sum(0)  # (O,)
+        total = total.gather(0, torch.arange(len(total))[:, None] & bits)
+    return total
