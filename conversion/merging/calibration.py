@@ -78,24 +78,20 @@ class _Enough(Exception):
     """A forward pass has come to the last module that was asked for."""
 
 
-def read_texts(plan: Plan) -> list[CalibrationText]:
-    """The calibration texts of the plan's recipe; a relative path is looked up in the recipe's folder.
-
-    Raises:
-        ValueError: there are none, or they do not fit the experts; see `read_calibration_texts`.
-    """
-    data = plan.recipe.calibration.data if plan.recipe.calibration else None
+def find_texts(recipe: Recipe) -> str:
+    """The calibration texts that a recipe names: a file, by the recipe's folder, or a Hub dataset as it stands."""
+    data = recipe.calibration.data if recipe.calibration else None
     if data is None:
         raise ValueError("the recipe has no calibration texts: add calibration: {data: texts.jsonl}")
-    longest = getattr(plan.text_config, "max_position_embeddings", None) or MAX_LENGTH
-    return read_calibration_texts(local_path(data, plan.recipe), plan.vocabulary, max_length=min(longest, MAX_LENGTH))
-
-
-def local_path(data: str, recipe: Recipe) -> str:
-    """A file as it is named in a recipe, by the recipe's folder; what is no file, a Hub dataset, as it stands."""
     path = Path(data).expanduser()
     named = path if path.is_absolute() else recipe.folder / path
     return str(named) if named.is_file() or path.suffix in DATA_SUFFIXES else data
+
+
+def read_texts(plan: Plan, data: str) -> list[CalibrationText]:
+    """Calibration texts of at most so many tokens as the model takes; errors as of `read_calibration_texts`."""
+    longest = getattr(plan.text_config, "max_position_embeddings", None) or MAX_LENGTH
+    return read_calibration_texts(data, plan.vocabulary, max_length=min(longest, MAX_LENGTH))
 
 
 def longest_text(texts: list[CalibrationText]) -> int:
@@ -106,6 +102,7 @@ def longest_text(texts: list[CalibrationText]) -> int:
 def measure_calibration(
     plan: Plan,
     texts: list[CalibrationText],
+    data: str,
     memory: CalibrationMemory,
     journal: Journal,
     *,
@@ -116,6 +113,7 @@ def measure_calibration(
 
     Args:
         texts: of every expert, in ids of the merged vocabulary.
+        data: where they are from; the record has it without its folder.
         memory: how the work is split, which changes no result.
         journal: of a run whose fingerprint has the plan and the texts. The parts lie in its folder and are read there.
         device: where the models run.
@@ -154,10 +152,10 @@ def measure_calibration(
                     "give a smaller max_memory"
                 ) from None
             bar.update(sum(map(len, batches[: number + 1])) * steps - bar.n)
-    return Calibration("the calibration", record(plan, texts, memory.inputs), parts_of(files), plan)
+    return Calibration("the calibration", record(plan, texts, data, memory.inputs), parts_of(files), plan)
 
 
-def record(plan: Plan, texts: list[CalibrationText], inputs: dict[str, str]) -> Measured:
+def record(plan: Plan, texts: list[CalibrationText], data: str, inputs: dict[str, str]) -> Measured:
     """Whose calibration it is, and of what."""
     names = plan.expert_names
     counts = Counter(names[text.expert] for text in texts)
@@ -165,8 +163,7 @@ def record(plan: Plan, texts: list[CalibrationText], inputs: dict[str, str]) -> 
     for text in texts:
         tokens[names[text.expert]] += len(text.input_ids)
     experts = {name: expert_record(plan, number) for number, name in enumerate(names)}
-    data = without_folder(local_path(plan.recipe.calibration.data, plan.recipe))
-    return Measured(experts, dict(counts), dict(tokens), inputs, data, texts_hash(texts))
+    return Measured(experts, dict(counts), dict(tokens), inputs, without_folder(data), texts_hash(texts))
 
 
 def texts_hash(texts: list[CalibrationText]) -> str:
