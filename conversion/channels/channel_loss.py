@@ -9,10 +9,11 @@ With gradients and inputs taken as independent, its mean over the expert's texts
 the covariance H_e = mean of x x^T (I x I) of the matrix's inputs and the mean squared gradient g_eo at the channel.
 Texts are few and the expansion is short, so neither is used as it is measured:
 
-- H_e is scaled to a mean diagonal of 1 and damped: 0.997 H_e + 0.003 identity. Directions that no text showed count
-  a little.
-- g_eo is scaled to a mean of 1 over all channels of an expert (else the expert with the largest loss takes all rows),
-  its root is taken, and a part of the matrix's mean added: a channel that no text needed counts a little, too.
+- g_eo is scaled to a mean of 1 over all channels of an expert (else the expert with the largest loss takes all rows);
+  a part of the matrix's mean is added, for a channel that no text needed counts a little, too; and it is raised to a
+  power below 1.
+- H_e is split into its mean diagonal s_e, which is multiplied to g_eo, and the rest, which is damped: 0.997 of it and
+  0.003 identity. Directions that no text showed count a little.
 
 The row of a group S is the minimiser (RegMean, Jin et al., ICLR 2023, inside groups and weighted)
 
@@ -23,8 +24,9 @@ with one metric for all experts, the mean H of the H_e: then the cost of any gro
 Gram matrix D H D^T of the deltas D and the weights g_eo, as in `grouping`. With H = L L^T it is that of D L.
 
 A bias is the weight of a constant input 1, taken as uncorrelated with the others. An embedding's channels, the tokens,
-have no inputs: H is the identity, and their merged row the mean weighted by g_eo. Tied to a head they have the head's
-H, damped to half of the identity.
+have no inputs: H is the identity, and an error there goes through the whole model, so it counts more. Tied to a head,
+a row is used twice: the two weights are added, and the metric is the mean of the head's and the identity by the share
+that each has of them, one number for the matrix.
 
 Shapes: N experts, M members of a group, C channels, O channels of a matrix, I inputs.
 """
@@ -34,17 +36,17 @@ from collections.abc import Sequence
 import torch
 
 DAMPING = 0.003
-EMBEDDING_DAMPING = 0.5
-POWER = 0.5
-FLOOR = 0.2
+POWER = 0.7
+FLOOR = 0.02
 LEAST_MEAN = 1e-6  # where no text needed anything of a matrix; 1 is the mean over the model
+EMBEDDING_GAIN = 4.0
 
 # Columns of a float32 matrix that are widened at a time.
 TILE = 1024
 
 
 def channel_weights(gradient_squares: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-    """The g_eo of one matrix.
+    """The g_eo of one matrix, or of an embedding before its gain.
 
     Args:
         gradient_squares: (N, O) float64, mean squared gradients.
@@ -53,11 +55,11 @@ def channel_weights(gradient_squares: torch.Tensor, means: torch.Tensor) -> torc
     Returns:
         (N, O) float64.
     """
-    weights = (gradient_squares / means[:, None]) ** POWER
-    return weights + FLOOR * weights.mean().clamp(min=LEAST_MEAN)
+    squares = gradient_squares / means[:, None]
+    return (squares + FLOOR * squares.mean().clamp(min=LEAST_MEAN)) ** POWER
 
 
-def damp_covariances(covariances: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+def damp_covariances(covariances: torch.Tensor) -> torch.Tensor:
     """Scale to a mean diagonal of 1 and damp, in place; an expert without any input gets the identity.
 
     Args:
@@ -68,9 +70,15 @@ def damp_covariances(covariances: torch.Tensor, damping: float = DAMPING) -> tor
     """
     scales = covariances.diagonal(dim1=1, dim2=2).double().mean(1)
     for covariance, scale in zip(covariances, scales.tolist(), strict=True):
-        covariance.mul_((1 - damping) / scale if scale > 0 else 0)
-        covariance.diagonal().add_(damping if scale > 0 else 1)
+        covariance.mul_((1 - DAMPING) / scale if scale > 0 else 0)
+        covariance.diagonal().add_(DAMPING if scale > 0 else 1)
     return torch.where(scales > 0, scales, 1)
+
+
+def blend_with_identity(covariances: torch.Tensor, share: float) -> None:
+    """Keep a share of damped covariances (N, I, I), in place; the rest is the identity."""
+    covariances.mul_(share)
+    covariances.diagonal(dim1=1, dim2=2).add_(1 - share)
 
 
 def metric_factor(covariances: torch.Tensor) -> torch.Tensor:

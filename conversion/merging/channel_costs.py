@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from conversion.channels.channel_loss import (
-    DAMPING,
-    EMBEDDING_DAMPING,
+    EMBEDDING_GAIN,
+    blend_with_identity,
     channel_weights,
     damp_covariances,
     metric_factor,
@@ -18,11 +18,26 @@ from conversion.merging.calibration_file import Calibration
 from conversion.merging.plan import Plan
 
 
-class MeanMetric(NamedTuple):
-    """In which metric the rows of one module are compared: the mean of the experts' own."""
+class ModuleLoss(NamedTuple):
+    """What a change of one module's rows costs."""
 
-    factor: torch.Tensor  # (I, I) float32: the metric is L L^T
+    path: str
+    weights: torch.Tensor  # (N, O) float64: how much each expert's channel counts, 0 where it has no such channel
+    covariances: torch.Tensor | None  # (N, I, I) float32, of mean diagonal 1 and damped; None: the identity
     bias_weight: float  # of a bias: its input is 1, the others are scaled to 1
+
+    def mean_metric(self) -> torch.Tensor | None:
+        """The L of the metric L L^T that the channels are compared in, (I, I) float32; None: the identity.
+
+        Raises:
+            ValueError: it cannot be made of what was measured.
+        """
+        if self.covariances is None:
+            return None
+        try:
+            return metric_factor(self.covariances)
+        except ValueError as error:
+            raise ValueError(f"calibration of {self.path}: {error}") from None
 
 
 class ChannelCosts:
@@ -50,42 +65,23 @@ class ChannelCosts:
                 raise ValueError(f"calibration: no channel of expert {name!r} has a gradient on its texts")
         self._tied = {module.tied_to: path for path, module in plan.modules.channel.items() if module.tied_to}
 
-    def weights(self, path: str) -> torch.Tensor:
-        """How much each expert's channel counts: (N, O) float64, 0 where it has no such channel."""
-        squares = self._calibration.gradient_squares(path)
-        if self._plan.modules.channel[path].kind == "embedding":
-            squares = squares * self._plan.modules.channel[path].in_features  # their sum over the hidden size
-        if path in self._tied:
-            squares = squares + self._calibration.gradient_squares(self._tied[path])
-        weights = channel_weights(squares, self._means)
-        weights *= torch.tensor([[expert.weight] for expert in self._plan.recipe.experts], dtype=torch.float64)
-        present = self._plan.present(path)
-        return weights if present is None else weights * present
+    def of_module(self, path: str) -> ModuleLoss:
+        """Weights and metrics of one module."""
+        plan, head = self._plan, self._tied.get(path)
+        covariances, bias_weight = self._calibration.covariance(head or path), 1.0
+        weights = torch.zeros(plan.num_experts, plan.modules.channel[path].out_features, dtype=torch.float64)
+        if plan.modules.channel[path].kind == "embedding":
+            weights += EMBEDDING_GAIN * self._weights(path)
+        if covariances is not None:
+            scales = damp_covariances(covariances)
+            outputs = self._weights(head or path) * scales[:, None]
+            weights += outputs
+            if head is not None:
+                blend_with_identity(covariances, float(outputs.sum() / weights.sum()))
+            covariances, bias_weight = covariances.to(self._device), float((1 / scales).mean())
+        weights *= torch.tensor([[expert.weight] for expert in plan.recipe.experts], dtype=torch.float64)
+        present = plan.present(path)
+        return ModuleLoss(path, weights if present is None else weights * present, covariances, bias_weight)
 
-    def covariances(self, path: str) -> torch.Tensor | None:
-        """The experts' damped H of a module: (N, I, I) float32; None: the identity, an embedding's."""
-        measured = self._damped(path)
-        return None if measured is None else measured[0].to(self._device)
-
-    def mean_metric(self, path: str) -> MeanMetric | None:
-        """The metric that a module's channels are compared in; None: the identity, an embedding's.
-
-        Raises:
-            ValueError: it cannot be made of what was measured.
-        """
-        measured = self._damped(path)
-        if measured is None:
-            return None
-        covariances, scales = measured
-        try:
-            return MeanMetric(metric_factor(covariances.to(self._device)), float((1 / scales).mean()))
-        except ValueError as error:
-            raise ValueError(f"calibration of {path}: {error}") from None
-
-    def _damped(self, path: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Damped covariances (N, I, I), and what each was divided by (N,); a tied embedding has those of its head."""
-        covariances = self._calibration.covariance(self._tied.get(path, path))
-        if covariances is None:
-            return None
-        damping = EMBEDDING_DAMPING if path in self._tied else DAMPING
-        return covariances, damp_covariances(covariances, damping)
+    def _weights(self, path: str) -> torch.Tensor:
+        return channel_weights(self._calibration.gradient_squares(path), self._means)

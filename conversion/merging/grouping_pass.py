@@ -25,7 +25,7 @@ from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.journal import Journal
 from conversion.io.row_reader import check_tensor_finite, check_tied_head
 from conversion.merging.block_reader import Block, BlockReader
-from conversion.merging.channel_costs import ChannelCosts, MeanMetric
+from conversion.merging.channel_costs import ChannelCosts
 from conversion.merging.grouped_module import LOSSES, GroupedModule, ModuleChoices, ModuleGroups, ModuleRows
 from conversion.merging.plan import Plan
 from conversion.merging.workers import Workers
@@ -220,8 +220,11 @@ def compared_chunks(
     bar: tqdm,
 ) -> Iterator[ComparedChunk]:
     """Read a module once, compare its rows chunk by chunk, and show its deltas to the trims."""
-    metric = None if costs is None else costs.mean_metric(path)
-    weights = plan.present(path) if costs is None else costs.weights(path)
+    weights, metric, bias_weight = plan.present(path), None, 1.0
+    if costs is not None:
+        loss = costs.of_module(path)
+        weights, metric, bias_weight = loss.weights, loss.mean_metric(), loss.bias_weight
+        del loss  # the covariances
     for parameters in blocks.blocks(path):
         deltas = [block.deltas() for block in parameters]
         rows = [block.rows(plan.dtype) for block in parameters]
@@ -231,7 +234,7 @@ def compared_chunks(
         yield ComparedChunk(
             first.start,
             first.stop,
-            plain if metric is None else metric_gram(deltas, metric),
+            plain if metric is None else metric_gram(deltas, metric, bias_weight),
             equal_rows(rows[0], rows[1] if len(rows) > 1 else None),
             None if weights is None else weights[:, first.start : first.stop].to(blocks.device),
             plain.diagonal(dim1=1, dim2=2).T.to("cpu", copy=True),
@@ -240,10 +243,10 @@ def compared_chunks(
         bar.update(sum(block.num_bytes for block in parameters))
 
 
-def metric_gram(deltas: list[torch.Tensor], metric: MeanMetric) -> torch.Tensor:
-    """Gram matrices (C, N, N) of the deltas of a weight (N, C, I), and of a bias (N, C, 1), in a metric."""
+def metric_gram(deltas: list[torch.Tensor], factor: torch.Tensor, bias_weight: float) -> torch.Tensor:
+    """Gram matrices (C, N, N) of the deltas of a weight (N, C, I), and of a bias (N, C, 1), by the metric's factor."""
     weight, *biases = deltas
-    return gram_matrices(weight @ metric.factor) + sum(metric.bias_weight * gram_matrices(bias) for bias in biases)
+    return gram_matrices(weight @ factor) + sum(bias_weight * gram_matrices(bias) for bias in biases)
 
 
 def sum_present(squares: torch.Tensor, present: torch.Tensor | None) -> torch.Tensor:

@@ -24,10 +24,11 @@ class RegMean:
 
     def __init__(self, costs: ChannelCosts, path: str, rows: ModuleRows):
         self._path = path
-        self._weights = costs.weights(path)  # (N, O)
+        loss = costs.of_module(path)
+        self._weights = loss.weights
         self._means = self._weights.sum(1) / (self._weights > 0).sum(1).clamp(min=1)
         merged = rows.merged_owners()
-        self._covariances = costs.covariances(path) if merged else None
+        self._covariances = loss.covariances if merged else None
         at_once = max(1, len(merged))
         if self._covariances is not None:
             at_once = max(1, FACTOR_BYTES // (8 * self._covariances[0].numel()))
