@@ -18,7 +18,7 @@ from conversion.io.code_hash import code_hash
 from conversion.io.options import find_device, format_bytes, parse_size
 from conversion.io.sources import check_unchanged
 from conversion.io.staged_folder import StagedFile, check_disk_space, check_target_file, free_bytes
-from conversion.merging.calibration import longest_text, measure_calibration, read_texts, texts_hash
+from conversion.merging.calibration import find_texts, longest_text, measure_calibration, read_texts, texts_hash
 from conversion.merging.calibration_file import Measured, is_calibration, write_calibration
 from conversion.merging.calibration_memory import CalibrationMemory, plan_calibration
 from conversion.merging.plan import Plan, make_plan
@@ -34,6 +34,7 @@ class Prepared:
     """A calibration that everything is known of but its results."""
 
     plan: Plan
+    data: str
     texts: list[CalibrationText]
     memory: CalibrationMemory
 
@@ -48,11 +49,13 @@ def prepare(
 ) -> Prepared:
     """Read the texts and check everything that can be checked before weights are read; errors as of `calibrate`."""
     check_target_file(out, is_calibration, overwrite)
-    plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
-    texts = read_texts(plan)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    data = find_texts(recipe)
+    plan = make_plan(recipe)
+    texts = read_texts(plan, data)
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     memory = plan_calibration(plan, parse_size(max_memory, "max_memory"), threads, longest_text(texts))
-    return Prepared(plan, texts, memory)
+    return Prepared(plan, data, texts, memory)
 
 
 def calibrate(
@@ -93,7 +96,13 @@ def calibrate(
         for reader in (plan.base_reader, *plan.readers):
             stack.callback(reader.close)
         calibration = measure_calibration(
-            plan, prepared.texts, prepared.memory, staged.journal, device=torch_device, progress=progress
+            plan,
+            prepared.texts,
+            prepared.data,
+            prepared.memory,
+            staged.journal,
+            device=torch_device,
+            progress=progress,
         )
         stack.callback(calibration.close)
         write_calibration(calibration, staged.path / FILE_NAME, package_versions())

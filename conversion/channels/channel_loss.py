@@ -187,9 +187,7 @@ def _times(rows: torch.Tensor, use: Use, expert: int) -> torch.Tensor:
     return product
 
 
-def _weighted_sum(
-    uses: Sequence[Use], experts: Sequence[int], weights: Sequence[Sequence[float]]
-) -> torch.Tensor:
+def _weighted_sum(uses: Sequence[Use], experts: Sequence[int], weights: Sequence[Sequence[float]]) -> torch.Tensor:
     """Sum of the experts' covariances in all uses, (I, I) float64, with a weight for each; widened row by row."""
     like = next(use.covariances for use in uses if use.covariances is not None)
     total = torch.zeros(like.shape[1:], dtype=torch.float64, device=like.device)

@@ -3,10 +3,10 @@
 Of one expert at a time, on its calibration texts:
 
 - At the output y_o of each channel o the mean over all tokens of (dL / dy_o)^2, where L of a text is the sum of the
-  negative log-likelihoods of its answer's tokens. Its expectation is to second order what a change of the channel
-  adds to the divergence of the answers, in which each token of an answer counts alike, however long the answer is.
-  Of the token embedding, whose channels are tokens: the sum over a token's places of the squares, mean over the hidden
-  size, divided by all tokens.
+  negative log-likelihoods of tokens that the expert itself draws at all places of the text (the Fisher information):
+  its expectation is to second order what a change of the channel adds to the divergence from the expert, in which
+  each place counts alike. Of the token embedding, whose channels are tokens: the sum over a token's places of the
+  squares, mean over the hidden size, divided by all tokens.
 - At the input x of each linear module the mean over all tokens of x x^T.
 
 Only outputs have gradients, and each block is computed again on the way back, so that the weights of one expert are
@@ -71,31 +71,27 @@ class Batch:
     number: int
     input_ids: torch.LongTensor  # (B, T)
     is_token: torch.BoolTensor  # (B * T,)
-    before_answer: torch.BoolTensor  # (B, T - 1): the next token is one of the answer
+    has_next: torch.BoolTensor  # (B, T - 1): there is a next token
 
 
 class _Enough(Exception):
     """A forward pass has come to the last module that was asked for."""
 
 
-def read_texts(plan: Plan) -> list[CalibrationText]:
-    """The calibration texts of the plan's recipe; a relative path is looked up in the recipe's folder.
-
-    Raises:
-        ValueError: there are none, or they do not fit the experts; see `read_calibration_texts`.
-    """
-    data = plan.recipe.calibration.data if plan.recipe.calibration else None
+def find_texts(recipe: Recipe) -> str:
+    """The calibration texts that a recipe names: a file, by the recipe's folder, or a Hub dataset as it stands."""
+    data = recipe.calibration.data if recipe.calibration else None
     if data is None:
         raise ValueError("the recipe has no calibration texts: add calibration: {data: texts.jsonl}")
-    longest = getattr(plan.text_config, "max_position_embeddings", None) or MAX_LENGTH
-    return read_calibration_texts(local_path(data, plan.recipe), plan.vocabulary, max_length=min(longest, MAX_LENGTH))
-
-
-def local_path(data: str, recipe: Recipe) -> str:
-    """A file as it is named in a recipe, by the recipe's folder; what is no file, a Hub dataset, as it stands."""
     path = Path(data).expanduser()
     named = path if path.is_absolute() else recipe.folder / path
     return str(named) if named.is_file() or path.suffix in DATA_SUFFIXES else data
+
+
+def read_texts(plan: Plan, data: str) -> list[CalibrationText]:
+    """Calibration texts of at most so many tokens as the model takes; errors as of `read_calibration_texts`."""
+    longest = getattr(plan.text_config, "max_position_embeddings", None) or MAX_LENGTH
+    return read_calibration_texts(data, plan.vocabulary, max_length=min(longest, MAX_LENGTH))
 
 
 def longest_text(texts: list[CalibrationText]) -> int:
@@ -106,6 +102,7 @@ def longest_text(texts: list[CalibrationText]) -> int:
 def measure_calibration(
     plan: Plan,
     texts: list[CalibrationText],
+    data: str,
     memory: CalibrationMemory,
     journal: Journal,
     *,
@@ -116,6 +113,7 @@ def measure_calibration(
 
     Args:
         texts: of every expert, in ids of the merged vocabulary.
+        data: where they are from; the record has it without its folder.
         memory: how the work is split, which changes no result.
         journal: of a run whose fingerprint has the plan and the texts. The parts lie in its folder and are read there.
         device: where the models run.
@@ -154,10 +152,10 @@ def measure_calibration(
                     "give a smaller max_memory"
                 ) from None
             bar.update(sum(map(len, batches[: number + 1])) * steps - bar.n)
-    return Calibration("the calibration", record(plan, texts, memory.inputs), parts_of(files), plan)
+    return Calibration("the calibration", record(plan, texts, data, memory.inputs), parts_of(files), plan)
 
 
-def record(plan: Plan, texts: list[CalibrationText], inputs: dict[str, str]) -> Measured:
+def record(plan: Plan, texts: list[CalibrationText], data: str, inputs: dict[str, str]) -> Measured:
     """Whose calibration it is, and of what."""
     names = plan.expert_names
     counts = Counter(names[text.expert] for text in texts)
@@ -165,8 +163,7 @@ def record(plan: Plan, texts: list[CalibrationText], inputs: dict[str, str]) -> 
     for text in texts:
         tokens[names[text.expert]] += len(text.input_ids)
     experts = {name: expert_record(plan, number) for number, name in enumerate(names)}
-    data = without_folder(local_path(plan.recipe.calibration.data, plan.recipe))
-    return Measured(experts, dict(counts), dict(tokens), inputs, data, texts_hash(texts))
+    return Measured(experts, dict(counts), dict(tokens), inputs, without_folder(data), texts_hash(texts))
 
 
 def texts_hash(texts: list[CalibrationText]) -> str:
@@ -191,10 +188,8 @@ def _batch(number: int, texts: list[CalibrationText]) -> Batch:
     # A token of the text itself is surely one that the expert has.
     rows = [text.input_ids + text.input_ids[-1:] * (length - len(text.input_ids)) for text in texts]
     place, lengths = torch.arange(length), torch.tensor([len(text.input_ids) for text in texts])
-    starts = torch.tensor([text.answer_start for text in texts])
     is_token = place < lengths[:, None]
-    before = is_token[:, 1:] & (place[1:] >= starts[:, None])
-    return Batch(number, torch.tensor(rows), is_token.flatten(), before)
+    return Batch(number, torch.tensor(rows), is_token.flatten(), is_token[:, 1:])
 
 
 class _Expert:
@@ -244,9 +239,9 @@ class _Expert:
 
         def run(batch: Batch) -> None:
             squares = self._thread.squares = {}
-            logits = self._forward(batch)[:, :-1][batch.before_answer.to(self._device)]
-            targets = batch.input_ids[:, 1:][batch.before_answer].to(self._device)
-            F.cross_entropy(logits.float(), targets, reduction="sum").backward()
+            logits = self._forward(batch)[:, :-1][batch.has_next.to(self._device)].float()
+            drawn = draw_tokens(logits.detach(), batch.number)
+            F.cross_entropy(logits, drawn, reduction="sum").backward()
             with turns.turn("gradients", batch.number):
                 for path, part in squares.items():
                     totals[path] += part
@@ -306,6 +301,12 @@ class _Expert:
     def _check_finite(self, what: str, path: str, values: torch.Tensor) -> None:
         if not values.isfinite().all():
             raise ValueError(f"expert {self._name!r}: the {what} of {path} holds NaN or infinity on its texts")
+
+
+def draw_tokens(logits: torch.Tensor, seed: int) -> torch.Tensor:
+    """A token for each distribution (places, V) float32: (places,), the same ones for a seed."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def squares_of_channels(gradient: torch.Tensor) -> torch.Tensor:

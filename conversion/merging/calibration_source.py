@@ -38,6 +38,7 @@ class CalibrationData:
     """Texts to measure the plan's experts on."""
 
     plan: Plan
+    data: str
     rows: list[Any]  # `CalibrationText`
     memory: CalibrationMemory
     identity: Any
@@ -61,7 +62,9 @@ class CalibrationData:
         """
         from conversion.merging.calibration import measure_calibration
 
-        return measure_calibration(self.plan, self.rows, self.memory, journal, device=device, progress=progress)
+        return measure_calibration(
+            self.plan, self.rows, self.data, self.memory, journal, device=device, progress=progress
+        )
 
 
 def find_calibration(plan: Plan, max_memory: int, threads: int) -> CalibrationFile | CalibrationData | None:
@@ -82,9 +85,10 @@ def find_calibration(plan: Plan, max_memory: int, threads: int) -> CalibrationFi
         file = plan.recipe.folder / Path(given.file).expanduser()
         return CalibrationFile(read_calibration(file, plan), identity(file, True))
     # Here, for its library of data sets is slow to load and of no use to other conversions.
-    from conversion.merging.calibration import longest_text, read_texts, texts_hash
+    from conversion.merging.calibration import find_texts, longest_text, read_texts, texts_hash
 
-    rows = read_texts(plan)
+    data = find_texts(plan.recipe)
+    rows = read_texts(plan, data)
     return CalibrationData(
-        plan, rows, plan_calibration(plan, max_memory, threads, longest_text(rows)), texts_hash(rows)
+        plan, data, rows, plan_calibration(plan, max_memory, threads, longest_text(rows)), texts_hash(rows)
     )

@@ -17,7 +17,7 @@ from conversion.__main__ import main
 from conversion.calibrate import calibrate, plan_only
 from conversion.merging.calibration_file import read_calibration
 from conversion.merging.plan import make_plan
-from conversion.merging.recipe import load_recipe
+from conversion.merging.recipe import load_recipe, parse_recipe
 
 
 def write_texts(file: Path, num_experts: int = 2, count: int = 20) -> Path:
@@ -214,8 +214,13 @@ def test_a_device_that_is_too_small_is_told(recipe, run, tmp_path, monkeypatch):
 
 def test_a_data_set_is_not_taken_for_a_file(recipe, tmp_path):
     """Nor a file that is not there for a data set."""
-    loaded = load_recipe(recipe)
-    assert measuring.local_path("texts.jsonl", loaded) == str(tmp_path / "texts.jsonl")
-    assert measuring.local_path("gone.csv", loaded) == str(tmp_path / "gone.csv")
-    for name in ("user/texts", "user/texts-v1.5", "user/texts:test"):
-        assert measuring.local_path(name, loaded) == name
+    for name, expected in (
+        ("texts.jsonl", str(tmp_path / "texts.jsonl")),
+        ("gone.csv", str(tmp_path / "gone.csv")),
+        (str(tmp_path / "gone.jsonl"), str(tmp_path / "gone.jsonl")),
+        ("user/texts", "user/texts"),
+        ("user/texts-v1.5", "user/texts-v1.5"),
+        ("user/texts:test", "user/texts:test"),
+    ):
+        changed = {**json.loads(recipe.read_text()), "calibration": {"data": name}}
+        assert measuring.find_texts(parse_recipe(changed, recipe.parent)) == expected

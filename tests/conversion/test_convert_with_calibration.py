@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion import convert as convert_module
-from conversion.channels.channel_loss import DAMPING, EMBEDDING_DAMPING, FLOOR, POWER
+from conversion.channels.channel_loss import DAMPING, EMBEDDING_GAIN, FLOOR, POWER
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.convert import convert
 from conversion.io.journal import Journal
@@ -52,7 +52,9 @@ class MadeUpCalibration:
     def gradient_squares(self, path):
         module = self.modules[path]
         if self.plain:
-            each = 1.0 if module.kind != "embedding" else 0.0 if path in self.tied else 1 / module.in_features
+            each = 1.0
+            if module.kind == "embedding":
+                each = 0.0 if path in self.tied else EMBEDDING_GAIN ** (-1 / POWER)
             return torch.full((self.num_experts, module.out_features), each, dtype=torch.float64)
         generator = torch.Generator().manual_seed(len(path) + 1)
         shape = (self.num_experts, module.out_features)
@@ -73,33 +75,32 @@ def calibrate(monkeypatch):
     return use
 
 
-def weights_of(calibration, path) -> torch.Tensor:
-    """The g of one module, (N, O)."""
+def loss_of(calibration, path) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights of one module's channels (N, O), and its metrics (N, I, I)."""
     linear = [other for other, module in calibration.modules.items() if module.kind != "embedding"]
-    squares = {other: calibration.gradient_squares(other) for other in {*linear, path}}
-    mean = torch.cat([squares[other] for other in linear], dim=1).mean(1)
-    own, module = squares[path], calibration.modules[path]
-    if module.kind == "embedding":
-        own = own * module.in_features
-    if path in calibration.tied:
-        own = own + squares["lm_head"]
-    plain = (own / mean[:, None]) ** POWER
-    return plain + FLOOR * plain.mean()
+    mean = torch.cat([calibration.gradient_squares(other) for other in linear], dim=1).mean(1)
 
+    def powers(other):
+        squares = calibration.gradient_squares(other) / mean[:, None]
+        return (squares + FLOOR * squares.mean()) ** POWER
 
-def damped(calibration, path) -> torch.Tensor | None:
     tied = path in calibration.tied
     raw = calibration.covariance("lm_head" if tied else path)
+    inputs = EMBEDDING_GAIN * powers(path) if calibration.modules[path].kind == "embedding" else 0
     if raw is None:
-        return None
-    raw, damping = raw.double(), EMBEDDING_DAMPING if tied else DAMPING
-    scaled = raw / raw.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    return (1 - damping) * scaled + damping * torch.eye(raw.shape[1])
+        return inputs, None
+    scales = raw.double().diagonal(dim1=1, dim2=2).mean(1)
+    eye = torch.eye(raw.shape[1])
+    metric = (1 - DAMPING) * raw.double() / scales[:, None, None] + DAMPING * eye
+    outputs = powers("lm_head" if tied else path) * scales[:, None]
+    share = outputs.sum() / (inputs + outputs).sum()
+    return inputs + outputs, share * metric + (1 - share) * eye
 
 
 def merged_rows(calibration, path, members, rows, expert_weights) -> torch.Tensor:
     """The row of a group for all channels of a weight: rows (N, O, I) float64 to (O, I)."""
-    weights, metric = weights_of(calibration, path) * expert_weights[:, None], damped(calibration, path)
+    weights, metric = loss_of(calibration, path)
+    weights = weights * expert_weights[:, None]
     if metric is None:
         return sum(weights[m, :, None] * rows[m] for m in members) / sum(weights[m, :, None] for m in members)
     means = weights.mean(1)
@@ -145,7 +146,7 @@ def test_every_stored_row_is_the_minimiser_of_its_group(
                 biases = torch.stack([expert.get_parameter(f"{path}.bias") for expert in own]).detach()
                 bias = tensors[f"model.{path}.rows.bias"][index[members[0], channels]]
                 same &= (biases[members][:, channels] == biases[members[0], channels]).all(0)
-                g = (weights_of(calibration, path) * expert_weights[:, None]).mean(1)[members]
+                g = (loss_of(calibration, path)[0] * expert_weights[:, None]).mean(1)[members]
                 mean = (g[:, None] * biases[members][:, channels]).sum(0) / g.sum()
                 torch.testing.assert_close(bias[~same].double(), mean[~same], rtol=1e-5, atol=1e-6)
             assert torch.equal(rows[same], weights[members[0], channels][same])

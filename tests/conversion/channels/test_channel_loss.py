@@ -8,6 +8,7 @@ from conversion.channels.channel_loss import (
     FLOOR,
     POWER,
     GroupSolver,
+    blend_with_identity,
     channel_weights,
     damp_covariances,
     metric_factor,
@@ -47,9 +48,18 @@ def test_weights_are_the_same_for_an_expert_with_larger_losses():
     means = squares.mean(1)
     weights = channel_weights(squares, means)
     torch.testing.assert_close(channel_weights(7 * squares, 7 * means), weights)
-    plain = (squares / means[:, None]) ** POWER
-    torch.testing.assert_close(weights, plain + FLOOR * plain.mean())
+    plain = squares / means[:, None]
+    torch.testing.assert_close(weights, (plain + FLOOR * plain.mean()) ** POWER)
     assert (channel_weights(torch.zeros(2, 4).double(), torch.ones(2).double()) > 0).all()
+
+
+def test_a_blend_keeps_the_mean_diagonal():
+    metric = covariances(2, 9)
+    damp_covariances(metric)
+    blended = metric.clone()
+    blend_with_identity(blended, 0.3)
+    torch.testing.assert_close(blended, 0.3 * metric + 0.7 * torch.eye(9))
+    assert blended[1].trace() == pytest.approx(9, rel=1e-6)
 
 
 @pytest.mark.parametrize(("members", "width"), [(2, 9), (4, 33), (3, 64)])

@@ -19,7 +19,6 @@ from conversion.vocabulary.calibration_texts import CalibrationText
 
 MEMORY = 10**9
 FINGERPRINT = {"run": 1}
-CALIBRATION = {"data": "texts.jsonl"}
 SIZES = {"vocab_size": 259, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS = {  # a scaled embedding; one tensor for attention and feed-forward; modules that see tokens without texts
     "gemma": GemmaConfig(**SIZES, intermediate_size=40, num_key_value_heads=2, head_dim=8),
@@ -41,9 +40,7 @@ def random_texts(num_experts: int, count: int = 7, seed: int = 0, longest: int =
 @pytest.fixture
 def plan_of(make_experts, write_recipe):
     def plan_of(family: str = "llama", num_experts: int = 2, **keys):
-        return make_plan(
-            parse_recipe(write_recipe(*make_experts(family, num_experts, **keys), calibration=CALIBRATION))
-        )
+        return make_plan(parse_recipe(write_recipe(*make_experts(family, num_experts, **keys))))
 
     return plan_of
 
@@ -54,7 +51,7 @@ def measure(tmp_path):
         memory = plan_calibration(plan, max_memory, threads, max(len(text.input_ids) for text in texts))
         (tmp_path / folder).mkdir(exist_ok=True)
         journal = Journal(tmp_path / folder, FINGERPRINT)
-        return measure_calibration(plan, texts, memory, journal, progress=False, **keys)
+        return measure_calibration(plan, texts, "texts.jsonl", memory, journal, progress=False, **keys)
 
     return measure
 
@@ -147,7 +144,7 @@ def test_an_adapter_is_measured(plan_of, make_experts, write_recipe, measure, tm
     )
     model.save_pretrained(tmp_path / "adapter")
     plan, texts = (
-        make_plan(parse_recipe(write_recipe(base, [*experts, tmp_path / "adapter"], calibration=CALIBRATION))),
+        make_plan(parse_recipe(write_recipe(base, [*experts, tmp_path / "adapter"]))),
         random_texts(2),
     )
     calibration = measure(plan, texts)
@@ -292,7 +289,7 @@ def test_other_architectures(family, write_recipe, measure, tmp_path):
         models.append(AutoModelForCausalLM.from_config(OTHERS[family]).eval())
         models[-1].save_pretrained(tmp_path / f"model{seed}")
     folders = [tmp_path / f"model{seed}" for seed in range(3)]
-    plan = make_plan(parse_recipe(write_recipe(folders[0], folders[1:], calibration=CALIBRATION)))
+    plan = make_plan(parse_recipe(write_recipe(folders[0], folders[1:])))
     texts = random_texts(2)
     squares, covariances = reference(plan, 1, texts[1::2], models[2])
     embedding = next(path for path, module in plan.modules.channel.items() if module.kind == "embedding")
