@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conversion import convert as convert_module
-from conversion.channels.channel_loss import DAMPING, EMBEDDING_GAIN, FLOOR, POWER
+from conversion.channels.channel_loss import DAMPING, FLOOR
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.convert import convert
 from conversion.io.journal import Journal
@@ -54,7 +54,7 @@ class MadeUpCalibration:
         if self.plain:
             each = 1.0
             if module.kind == "embedding":
-                each = 0.0 if path in self.tied else EMBEDDING_GAIN ** (-1 / POWER)
+                each = 0.0 if path in self.tied else 1 + DAMPING
             return torch.full((self.num_experts, module.out_features), each, dtype=torch.float64)
         generator = torch.Generator().manual_seed(len(path) + 1)
         shape = (self.num_experts, module.out_features)
@@ -75,37 +75,32 @@ def calibrate(monkeypatch):
     return use
 
 
-def loss_of(calibration, path) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weights of one module's channels (N, O), and its metrics (N, I, I)."""
+def uses_of(calibration, path) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The weights of one module's channels (N, O), and its metrics (N, I, I), in each of its uses."""
     linear = [other for other, module in calibration.modules.items() if module.kind != "embedding"]
     mean = torch.cat([calibration.gradient_squares(other) for other in linear], dim=1).mean(1)
-
-    def powers(other):
-        squares = calibration.gradient_squares(other) / mean[:, None]
-        return (squares + FLOOR * squares.mean()) ** POWER
-
-    tied = path in calibration.tied
-    raw = calibration.covariance("lm_head" if tied else path)
-    inputs = EMBEDDING_GAIN * powers(path) if calibration.modules[path].kind == "embedding" else 0
-    if raw is None:
-        return inputs, None
-    scales = raw.double().diagonal(dim1=1, dim2=2).mean(1)
-    eye = torch.eye(raw.shape[1])
-    metric = (1 - DAMPING) * raw.double() / scales[:, None, None] + DAMPING * eye
-    outputs = powers("lm_head" if tied else path) * scales[:, None]
-    share = outputs.sum() / (inputs + outputs).sum()
-    return inputs + outputs, share * metric + (1 - share) * eye
+    uses = []
+    for use in [path, *(["lm_head"] if path in calibration.tied else [])]:
+        weights = calibration.gradient_squares(use) / mean[:, None]
+        metric = calibration.covariance(use)
+        if metric is not None:
+            diagonal = metric.diagonal(dim1=1, dim2=2).double().mean(1)
+            metric = metric.double() + DAMPING * diagonal[:, None, None] * torch.eye(metric.shape[1])
+        uses.append((weights + FLOOR * weights.mean(), metric))
+    return uses
 
 
 def merged_rows(calibration, path, members, rows, expert_weights) -> torch.Tensor:
     """The row of a group for all channels of a weight: rows (N, O, I) float64 to (O, I)."""
-    weights, metric = loss_of(calibration, path)
-    weights = weights * expert_weights[:, None]
-    if metric is None:
+    uses = [(weights * expert_weights[:, None], metric) for weights, metric in uses_of(calibration, path)]
+    if all(metric is None for _, metric in uses):
+        weights = uses[0][0]
         return sum(weights[m, :, None] * rows[m] for m in members) / sum(weights[m, :, None] for m in members)
-    means = weights.mean(1)
-    left = sum(means[m] * metric[m] for m in members)
-    return torch.linalg.solve(left, sum(means[m] * metric[m] @ rows[m].T for m in members)).T
+    eye = torch.eye(rows.shape[2], dtype=torch.float64)
+    parts = [
+        (m, weights[m].mean() * (eye if metric is None else metric[m])) for weights, metric in uses for m in members
+    ]
+    return torch.linalg.solve(sum(part for _, part in parts), sum(part @ rows[m].T for m, part in parts)).T
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
@@ -146,7 +141,7 @@ def test_every_stored_row_is_the_minimiser_of_its_group(
                 biases = torch.stack([expert.get_parameter(f"{path}.bias") for expert in own]).detach()
                 bias = tensors[f"model.{path}.rows.bias"][index[members[0], channels]]
                 same &= (biases[members][:, channels] == biases[members[0], channels]).all(0)
-                g = (loss_of(calibration, path)[0] * expert_weights[:, None]).mean(1)[members]
+                g = (uses_of(calibration, path)[0][0] * expert_weights[:, None]).mean(1)[members]
                 mean = (g[:, None] * biases[members][:, channels]).sum(0) / g.sum()
                 torch.testing.assert_close(bias[~same].double(), mean[~same], rtol=1e-5, atol=1e-6)
             assert torch.equal(rows[same], weights[members[0], channels][same])

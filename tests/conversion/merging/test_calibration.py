@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, GemmaConfig, OPTCon
 
 import conversion.merging.calibration as room
 from conversion.io.journal import Journal
-from conversion.merging.calibration import make_batches, measure_calibration
+from conversion.merging.calibration import draw_tokens, make_batches, measure_calibration
 from conversion.merging.calibration_memory import plan_calibration
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
@@ -18,6 +18,7 @@ from conversion.merging.shared_inputs import shared_inputs
 from conversion.vocabulary.calibration_texts import CalibrationText
 
 MEMORY = 10**9
+DRAWN = 7  # a token that every expert has
 FINGERPRINT = {"run": 1}
 SIZES = {"vocab_size": 259, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 OTHERS = {  # a scaled embedding; one tensor for attention and feed-forward; modules that see tokens without texts
@@ -46,7 +47,10 @@ def plan_of(make_experts, write_recipe):
 
 
 @pytest.fixture
-def measure(tmp_path):
+def measure(tmp_path, monkeypatch):
+    """Measures with one token drawn at all places, which no rounding of probabilities changes."""
+    monkeypatch.setattr(room, "draw_tokens", lambda logits, seed: torch.full(logits.shape[:1], DRAWN))
+
     def measure(plan, texts, folder="run", *, max_memory=MEMORY, threads=1, **keys):
         memory = plan_calibration(plan, max_memory, threads, max(len(text.input_ids) for text in texts))
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -74,8 +78,7 @@ def reference(plan, number: int, texts: list[CalibrationText], model=None):
     for text in texts:
         ids = torch.tensor([text.input_ids])
         logits = model(ids, use_cache=False).logits[0]
-        start = text.answer_start
-        F.cross_entropy(logits[start - 1 : -1], ids[0, start:], reduction="sum").backward()
+        F.cross_entropy(logits[:-1], torch.full((len(ids[0]) - 1,), DRAWN), reduction="sum").backward()
         count += ids.numel()
         for path, module in plan.modules.channel.items():
             gradient = outputs[path].grad.flatten(0, -2).square()
@@ -258,13 +261,22 @@ def test_batches_hold_every_text_once():
     for number, batch in enumerate(batches):
         assert batch.number == number
         tokens = batch.is_token.view_as(batch.input_ids)
-        for ids, kept, answer in zip(batch.input_ids, tokens, batch.before_answer, strict=True):
-            rows.append((ids[kept].tolist(), int(answer.nonzero()[0]) + 1, int(answer.sum())))
+        for ids, kept, has_next in zip(batch.input_ids, tokens, batch.has_next, strict=True):
+            rows.append(ids[kept].tolist())
+            assert has_next.tolist() == kept[1:].tolist()
         assert batch.input_ids.numel() <= room.BATCH_TOKENS or len(batch.input_ids) == 1
-    assert sorted(rows) == sorted(
-        (text.input_ids, text.answer_start, len(text.input_ids) - text.answer_start) for text in texts
-    )
+    assert sorted(rows) == sorted(text.input_ids for text in texts)
     assert len(batches) < 6
+
+
+def test_tokens_are_drawn_as_the_expert_would():
+    """By their probabilities, the same ones for a seed, none without a probability."""
+    logits = torch.tensor([0.0, 1.0, float("-inf"), 2.0]).expand(20_000, 4)
+    drawn = draw_tokens(logits, 3)
+    assert torch.equal(drawn, draw_tokens(logits, 3)) and not torch.equal(drawn, draw_tokens(logits, 4))
+    shares = drawn.bincount(minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, logits[0].softmax(-1), rtol=0, atol=0.02)
+    assert shares[2] == 0
 
 
 def test_memory_is_planned(plan_of):
