@@ -160,9 +160,9 @@ def test_a_stopped_conversion_weighs_nothing_twice(make_experts, write_recipe, t
     recipe = parse_recipe(write_recipe(base, experts, grouping={"budget": 0.5}))
     weighed, weigh_module, spend_budget = [], grouping_pass.weigh_module, grouping_pass.spend_budget
 
-    def count(plan, blocks, path, bar):
+    def count(plan, costs, blocks, path, bar):
         weighed.append(path)
-        return weigh_module(plan, blocks, path, bar)
+        return weigh_module(plan, costs, blocks, path, bar)
 
     def stop(*args):
         raise KeyboardInterrupt

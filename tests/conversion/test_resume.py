@@ -83,9 +83,9 @@ def grouped(monkeypatch) -> list[str]:
     """The modules that were grouped."""
     paths, group_module = [], grouping_pass.group_module
 
-    def count(plan, blocks, path, bar):
+    def count(plan, costs, blocks, path, bar):
         paths.append(path)
-        return group_module(plan, blocks, path, bar)
+        return group_module(plan, costs, blocks, path, bar)
 
     monkeypatch.setattr(grouping_pass, "group_module", count)
     return paths
