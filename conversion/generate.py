@@ -100,7 +100,9 @@ def answer_prompts(
     experts, probabilities, fallbacks = ([value] * len(prompts) for value in (expert, None, None))
     if expert is None:
         experts, probabilities, fallbacks = choose_experts(model, encode_prompts(tokenizer, queries, chat).to(device))
-    speakers = {name: ExpertTokenizer(folder, config, tokenizer, name) for name in dict.fromkeys(experts)}
+    speakers = {
+        name: ExpertTokenizer.of_checkpoint(folder, config, tokenizer, name) for name in dict.fromkeys(experts)
+    }
     rows = [speakers[name].encode(prompt, chat) for name, prompt in zip(experts, prompts, strict=True)]
     for number, row in enumerate(rows, start=1):
         if not row:

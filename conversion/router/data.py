@@ -8,19 +8,14 @@ import logging
 import random
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_dataset
-from datasets.utils import logging as datasets_logging
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from conversion.io.foreign_files import foreign, read_json_lines
-from conversion.io.sources import without_folder
+from conversion.io.data_rows import read_data
 from conversion.router.augmentation import augment
 from conversion.router.style_queries import STYLES, style_queries
 from conversion.vocabulary.prompts import render, with_valid_text
@@ -29,8 +24,6 @@ from modeling_channel_merged.router_inputs import router_messages, shorten
 
 logger = logging.getLogger(__name__)
 
-JSON_SUFFIXES = (".json", ".jsonl")
-FILE_FORMATS = {".parquet": "parquet", ".csv": "csv"}
 COLUMNS = ("text", "messages", "expert", "source")
 
 Query = dict[str, Any]
@@ -45,43 +38,16 @@ def load_rows(data: str) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         ValueError: a column is missing.
     """
-    suffix = Path(data).suffix
-    if suffix in (*JSON_SUFFIXES, *FILE_FORMATS) and not Path(data).is_file():
-        raise FileNotFoundError(f"there is no file {data}")
-    if suffix in JSON_SUFFIXES:
-        rows = [row for _, row in read_json_lines(Path(data))]
-        return _checked_rows(rows, list(dict.fromkeys(key for row in rows for key in row)), data, Path(data).stem)
-    if (file_format := FILE_FORMATS.get(suffix)) is not None:
-        name, arguments = Path(data).stem, {"path": file_format, "data_files": data, "split": "train"}
-    else:
-        name, _, split = data.partition(":")
-        arguments = {"path": name, "split": split or "train"}
-    with foreign(data), one_line_of_datasets():
-        dataset = load_dataset(**arguments)
-    return _checked_rows(dataset.to_list(), dataset.column_names, data, name)
-
-
-def _checked_rows(rows: list[dict[str, Any]], columns: list[str], data: str, name: str) -> list[dict[str, Any]]:
-    if not rows:
-        raise ValueError(f"{data} has no rows")
-    if "expert" not in columns or not {"text", "messages"} & set(columns):
-        raise ValueError(f"{data} has the columns {columns}, expected 'expert', and 'text' or 'messages'")
-    source = without_folder(name)
+    table = read_data(data)
+    if "expert" not in table.columns or not {"text", "messages"} & set(table.columns):
+        raise ValueError(f"{data} has the columns {table.columns}, expected 'expert', and 'text' or 'messages'")
     return [
-        {**{column: row[column] for column in COLUMNS if column in row}, "source": str(row.get("source") or source)}
-        for row in rows
+        {
+            **{column: row[column] for column in COLUMNS if column in row},
+            "source": str(row.get("source") or table.name),
+        }
+        for row in table.rows
     ]
-
-
-@contextmanager
-def one_line_of_datasets() -> Iterator[None]:
-    """What `datasets` raises says everything; what it logs before it would stand beside that."""
-    level = datasets_logging.get_verbosity()
-    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets_logging.set_verbosity(level)
 
 
 def load_queries(data: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: ChannelMergedConfig) -> list[Query]:

@@ -1,5 +1,6 @@
 """How each expert reads a prompt and writes its answer, in ids of the merged vocabulary, and where its answer ends."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conversion.io.foreign_files import foreign
 from conversion.io.model_files import EXPERT_FOLDER, TOKENIZER_CONFIG
+from conversion.vocabulary.merged_vocabulary import MergedVocabulary
 from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, named_templates, read_tokenizer
 from conversion.vocabulary.prompts import Prompt, render
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -18,21 +20,52 @@ class ExpertTokenizer:
     Where the checkpoint does not keep the expert's own tokenizer, or it has no chat template, the merged one's serves.
 
     Args:
-        folder: the merged checkpoint.
-        merged: its tokenizer.
         name: the expert's.
+        merged: the merged tokenizer.
+        own: the expert's own one; None: the merged one serves.
+        channels: with `own`, the merged vocabulary's id of each of its ids that has a row.
     """
 
-    def __init__(self, folder: Path, config: ChannelMergedConfig, merged: PreTrainedTokenizerBase, name: str):
+    def __init__(
+        self,
+        name: str,
+        merged: PreTrainedTokenizerBase,
+        own: PreTrainedTokenizerBase | None = None,
+        channels: list[int] | None = None,
+    ):
         self.name = name
         self._merged = merged
-        self._own: PreTrainedTokenizerBase | None = None
+        self._own = own
+        self._channels = channels or []
+        self._own_ids = {channel: number for number, channel in enumerate(self._channels)}
+
+    @classmethod
+    def of_checkpoint(
+        cls, folder: Path, config: ChannelMergedConfig, merged: PreTrainedTokenizerBase, name: str
+    ) -> "ExpertTokenizer":
+        """As a merged checkpoint serves an expert: with its own tokenizer where the checkpoint keeps that."""
         own, channels = folder / EXPERT_FOLDER / name, config.vocabulary_channels(name)
-        if channels is not None and (own / TOKENIZER_CONFIG).exists():
-            with foreign(f"the tokenizer of {own}"):
-                self._own = read_tokenizer(own)
-            self._channels = channels
-            self._own_ids = {channel: number for number, channel in enumerate(channels)}
+        if channels is None or not (own / TOKENIZER_CONFIG).exists():
+            return cls(name, merged)
+        with foreign(f"the tokenizer of {own}"):
+            return cls(name, merged, read_tokenizer(own), channels)
+
+    @classmethod
+    def of_vocabulary(cls, vocabulary: MergedVocabulary, expert: int) -> "ExpertTokenizer":
+        """As the merged checkpoint will serve an expert that is not merged yet.
+
+        Raises:
+            ValueError: the base has no tokenizer, and so will the merged checkpoint.
+        """
+        if vocabulary.tokenizer is None:
+            raise ValueError("texts need a tokenizer, and the base model has none")
+        own, record = vocabulary.experts[expert], vocabulary.expert_records().get(vocabulary.experts[expert].name)
+        merged = copy.deepcopy(vocabulary.tokenizer)
+        merged.chat_template = vocabulary.chat_templates or None
+        if own.tokenizer is None or record is None or vocabulary.dropped(expert)[0]:
+            return cls(own.name, merged)
+        channels = vocabulary.channels[expert]
+        return cls(own.name, merged, own.tokenizer, channels[channels >= 0].tolist())
 
     def encode(self, prompt: Prompt, chat: bool) -> list[int]:
         """Ids of a prompt, in the expert's chat template or as it stands.
@@ -40,9 +73,30 @@ class ExpertTokenizer:
         Raises:
             ValueError: the expert's own tokenizer makes a token that its embedding had no row for.
         """
-        tokenizer = self._own or self._merged
+        return self._to_channels(self._tokenize(self._render(prompt) if chat else prompt, chat))
+
+    def encode_answer(self, prompt: Prompt, answer: str, chat: bool) -> tuple[list[int], list[int]]:
+        """Ids of a prompt and of the answer that follows it; errors as in `encode`.
+
+        In a chat template the white space between the two is the template's, unless the answer begins with its own.
+        Both are tokenized as one text where the prompt's tokens are the same in it.
+        """
+        text = self._render(prompt) if chat else prompt
+        if chat and not answer[:1].isspace():
+            answer = self._lead(prompt, text, answer) + answer
+        start, whole = self._tokenize(text, chat), self._tokenize(text + answer, chat)
+        if whole[: len(start)] == start:
+            own = whole[len(start) :]
+        else:
+            own = (self._own or self._merged)(answer, add_special_tokens=False)["input_ids"]
+        return self._to_channels(start), self._to_channels(own)
+
+    def _tokenize(self, text: str, chat: bool) -> list[int]:
         # A chat template writes the special tokens itself.
-        numbers = tokenizer(self._render(prompt) if chat else prompt, add_special_tokens=not chat)["input_ids"]
+        return (self._own or self._merged)(text, add_special_tokens=not chat, verbose=False)["input_ids"]
+
+    def _to_channels(self, numbers: list[int]) -> list[int]:
+        """The merged vocabulary's ids of what the tokenizer gave."""
         if self._own is None:
             return numbers
         if (highest := max(numbers, default=0)) >= len(self._channels):
@@ -52,6 +106,17 @@ class ExpertTokenizer:
             )
         return [self._channels[number] for number in numbers]
 
+    def _lead(self, prompt: Prompt, text: str, answer: str) -> str:
+        """What white space the template has between a prompt, rendered as `text`, and an answer."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            whole = self._render([*messages, {"role": "assistant", "content": answer}], generation=False)
+        except ValueError:  # a template of prompts alone
+            return ""
+        rest = whole.removeprefix(text)
+        begins = whole.startswith(text) and rest.lstrip().startswith(answer)
+        return rest[: len(rest) - len(rest.lstrip())] if begins else ""
+
     def decode(self, numbers: list[int]) -> str:
         """The text of an answer, without special tokens."""
         if self._own is None:
@@ -59,10 +124,11 @@ class ExpertTokenizer:
         own = [self._own_ids[number] for number in numbers if number in self._own_ids]
         return self._own.decode(own, skip_special_tokens=True)
 
-    def _render(self, prompt: Prompt) -> str:
+    def _render(self, prompt: Prompt, generation: bool = True) -> str:
         if DEFAULT_TEMPLATE in named_templates(self._own):
-            return render(self._own, prompt)
-        return render(self._merged, prompt, self.name if self.name in named_templates(self._merged) else None)
+            return render(self._own, prompt, generation=generation)
+        template = self.name if self.name in named_templates(self._merged) else None
+        return render(self._merged, prompt, template, generation=generation)
 
 
 def end_of_answer(model: Any, expert: str) -> set[int]:

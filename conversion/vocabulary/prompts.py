@@ -68,8 +68,13 @@ def uses_chat_template(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]
     return chat
 
 
-def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | None = None, *, generation: bool = True
+) -> str:
     """The text of a prompt in a tokenizer's default chat template, or the one with the name `template`.
+
+    Args:
+        generation: end where an answer begins.
 
     Raises:
         ValueError: the template does not take these messages.
@@ -77,7 +82,7 @@ def render(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str | N
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+            messages, chat_template=template, add_generation_prompt=generation, tokenize=False
         )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)

@@ -52,7 +52,7 @@ def test_base_drops_rows_beyond_its_own(llama, tmp_path, caplog):
     # Its own tokenizer would make tokens that are not there any more: the merged one serves.
     assert not (tmp_path / "out" / "experts" / "big").exists()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    speaker = ExpertTokenizer(tmp_path / "out", read_merged_config(tmp_path / "out"), tokenizer, "big")
+    speaker = ExpertTokenizer.of_checkpoint(tmp_path / "out", read_merged_config(tmp_path / "out"), tokenizer, "big")
     assert speaker.encode("a<extra_6>", chat=True) == tokenizer.encode("[a<extra_6>]</s>")
     assert speaker.decode(tokenizer.encode("so</s>")) == "so"
     export_expert(tmp_path / "out", "big", tmp_path / "export")

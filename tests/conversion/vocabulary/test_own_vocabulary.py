@@ -35,7 +35,7 @@ def test_tokens_without_rows_are_named(llama, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         out = experts.convert(tmp_path / "out", "math", "lost")
     assert "more tokens than its embedding has rows (259), left out are: '<lost>'" in caplog.text
-    speaker = ExpertTokenizer(out, read_merged_config(out), AutoTokenizer.from_pretrained(out), "lost")
+    speaker = ExpertTokenizer.of_checkpoint(out, read_merged_config(out), AutoTokenizer.from_pretrained(out), "lost")
     with pytest.raises(ValueError, match="expert 'lost' has no row for the token '<lost>'"):
         speaker.encode("a<lost>", chat=False)
 

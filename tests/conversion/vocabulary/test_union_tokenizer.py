@@ -224,7 +224,7 @@ def test_an_extended_segmentation(tmp_path):
     assert report["plain"]["encoding"]["foreign_tokens"] == ["<cn>"] and wide["foreign_tokens"] == []
     assert "`wide`: the tokenizer segments otherwise" in (out / "README.md").read_text()
     # The helper reads and writes with the expert's own tokenizer.
-    speaker = ExpertTokenizer(out, read_merged_config(out), tokenizer, "wide")
+    speaker = ExpertTokenizer.of_checkpoint(out, read_merged_config(out), tokenizer, "wide")
     assert speaker.encode("hello", chat=False) == wide_tokenizer.encode("hello")
     assert speaker.decode(wide_tokenizer.encode("hello")) == "hello"
 

@@ -6,6 +6,8 @@ from safetensors.torch import save_file
 
 from conversion.io.row_reader import CheckpointReader
 from conversion.io.weight_files import read_headers
+from conversion.merging.expert_model import load_expert_model
+from conversion.merging.plan import make_plan
 from conversion.vocabulary.vocabulary_reader import MEAN_ROWS, VocabularyReader
 
 OWN_IDS = torch.tensor([0, 1, 2, -1, -1, 5, 3, 4, -1, 0])
@@ -62,3 +64,16 @@ def test_the_mean_of_many_rows(tmp_path):
     mean = VocabularyReader(reader, ["embed.weight"], torch.tensor([-1]), tokens).mean_row("embed.weight")
     reader.close()
     torch.testing.assert_close(mean, values[tokens].mean(0, keepdim=True))
+
+
+def test_an_experts_model_reads_and_writes_merged_ids(experts):
+    """Its logits are those of its own checkpoint at the merged ids of its tokens, and -inf at those it lacks."""
+    plan = make_plan(experts.recipe(tokenizer_source="union"))
+    for number, name in enumerate(plan.expert_names):
+        channels, dense = plan.vocabulary.channels[number], experts.dense(name)
+        own = torch.arange(0, len(channels), 9).view(1, -1)
+        with torch.no_grad():
+            expected, logits = dense(own).logits, load_expert_model(plan, number)(channels[own]).logits
+        assert torch.equal(logits[..., channels], expected)
+        missing = ~plan.vocabulary.present[number]
+        assert logits[..., missing].isneginf().all() and logits[..., ~missing].isfinite().all()
