@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "addition": ("channels", "io", "vocabulary", "checkpoints", "merging", "hub"),
     "training": ("io",),
     "router": ("io", "vocabulary", "training"),
+    "refinement": ("io", "vocabulary", "checkpoints", "merging", "hub", "training"),
 }
 DOOR = "the door"
 SHIPPED = sorted(file for file in MODEL.glob("*.py") if file.name != "__init__.py")

@@ -65,4 +65,8 @@ class RouterArguments:
 def option_help() -> list[tuple[str, str]]:
     """All options of train-router with what they do, for a reader of the command line's help."""
     options = (option for option in fields(RouterArguments) if option.name != "checkpoint")
-    return describe_options(options, OUTPUT_HELP, "--learning-rate 1e-2, --num-train-epochs 3, ...")
+    resuming = "Go on where a stopped run was that had saved checkpoints (--save-strategy steps)."
+    return [
+        *describe_options(options, OUTPUT_HELP, "--learning-rate 1e-2, --num-train-epochs 3, ..."),
+        ("--resume-from-checkpoint true", resuming),
+    ]

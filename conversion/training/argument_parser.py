@@ -59,5 +59,7 @@ def set_defaults(parser: TrainingArgumentParser, values: Any, source: str) -> No
         actions[name].required = False
         if actions[name].nargs == "+" and isinstance(value, str):
             value = [value]
-        # Numbers such as 1e-3 are strings in YAML; argparse converts defaults that are strings.
+        # Numbers such as 1e-3 are strings in YAML; argparse converts, and so checks, defaults that are strings.
+        if isinstance(value, bool | int | float):
+            value = str(value)
         parser.set_defaults(**{name: value})

@@ -16,10 +16,6 @@ def describe_options(options: Iterable[Field], output_help: str, example: str) -
     return [
         *map(_describe, options),
         ("--output-dir OUT", f"{output_help} [required]"),
-        (
-            "--resume-from-checkpoint true",
-            "Go on where a stopped run was that had saved checkpoints (--save-strategy steps).",
-        ),
         ("--config F.yaml", "Values of any of these options."),
         (example, "Every option of transformers.TrainingArguments works, too."),
     ]
