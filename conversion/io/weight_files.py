@@ -35,7 +35,7 @@ MODEL_FORMATS = (WeightFormat("model.safetensors"), WeightFormat("pytorch_model.
 ADAPTER_FORMATS = (WeightFormat("adapter_model.safetensors"), WeightFormat("adapter_model.bin"))
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES = {**FLOAT_DTYPES, "I32": torch.int32, "I64": torch.int64}
+DTYPES = {**FLOAT_DTYPES, "F64": torch.float64, "I32": torch.int32, "I64": torch.int64}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors itself reads

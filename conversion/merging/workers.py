@@ -1,7 +1,10 @@
 """Threads that work on one item each, and end together at the first error."""
 
-from collections.abc import Callable, Iterable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,3 +42,34 @@ class Workers:
             finally:
                 torch.set_num_threads(before)
         return [future.result() for future in futures]
+
+
+class InTurn:
+    """Lets threads work on shared things one after the other, in the order of their items' numbers."""
+
+    def __init__(self):
+        self._next: Counter[str] = Counter()
+        self._changed = threading.Condition()
+        self._stopped = False
+
+    @contextmanager
+    def turn(self, what: str, number: int) -> Iterator[None]:
+        """Wait until items 0 to `number` - 1 are done with `what`; items are started in their order.
+
+        Raises:
+            Stopped: another thread failed.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._next[what] == number)
+            if self._stopped:
+                raise Stopped
+        yield
+        with self._changed:
+            self._next[what] += 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
