@@ -45,7 +45,7 @@ from conversion.refinement.matching_experts import check_same_experts
 from conversion.refinement.record import refinement_record, shown_options
 from conversion.refinement.refined_checkpoint import write_files, write_weights
 from conversion.refinement.student import load_student, round_to_stored, route
-from conversion.refinement.teachers import TeacherFiles, run_teachers, teacher_bytes
+from conversion.refinement.teachers import TeacherFiles, TeacherSettings, all_texts, run_teachers, teacher_bytes
 from conversion.refinement.texts import TeacherDataset, collate, hold_out
 from conversion.refinement.trainer import RefinementTrainer, expert_divergences
 from conversion.refinement.training_arguments import RefineTrainingArguments, parse_options
@@ -112,21 +112,29 @@ def _refine(
     with training_args.main_process_first():
         texts = read_calibration_texts(data, plan.vocabulary, max_length=args.max_length)
     train, held_out = hold_out(texts, args.eval_share, training_args.seed, plan.expert_names)
-    texts = [*train, *held_out]
+    settings = TeacherSettings(
+        top_k=args.top_k,
+        batch_size=training_args.per_device_eval_batch_size,
+        variants=args.variants,
+        variant_share=args.variant_share,
+        seed=training_args.seed,
+        kept=special_tokens(plan),
+        ends=tuple(tuple(plan.vocabulary.eos_token_ids(expert)) for expert in range(plan.num_experts)),
+    )
 
     staged = None
     if training_args.process_index == 0:
         fingerprint = refinement_fingerprint(merged, plan, texts, args, training_args)
         stored_bytes = sum(tensor.num_bytes for tensor in merged.tensors.values())
-        check_disk_space(out, stored_bytes + teacher_bytes(texts, args.top_k), fingerprint)
+        check_disk_space(out, stored_bytes + teacher_bytes(texts, settings), fingerprint)
         staged = stack.enter_context(StagedFolder(out, args.overwrite, fingerprint))
         run_teachers(
-            texts,
+            train,
+            held_out,
             lambda number: load_expert_model(plan, number, getattr(torch, args.dtype), training_args.device),
             plan.expert_names,
             staged.journal,
-            top_k=args.top_k,
-            batch_size=training_args.per_device_eval_batch_size,
+            settings,
             progress=not training_args.disable_tqdm,
         )
     (folder,) = broadcast_object_list([str(staged.journal.folder) if staged else None])
@@ -134,13 +142,14 @@ def _refine(
 
     model = load_student(merged, args)
     log_parameters(model)
-    teachers = TeacherFiles(Path(folder), texts)
+    labelled, trained_on, evaluated_on = all_texts(train, held_out, Path(folder), args.variants)
+    teachers = TeacherFiles(Path(folder), labelled)
     trainer = RefinementTrainer(
         model=model,
         args=training_args,
         data_collator=collate,
-        train_dataset=TeacherDataset(texts, range(len(train)), teachers, plan.num_experts),
-        eval_dataset=TeacherDataset(texts, range(len(train), len(texts)), teachers, plan.num_experts),
+        train_dataset=TeacherDataset(labelled, trained_on, teachers, plan.num_experts),
+        eval_dataset=TeacherDataset(labelled, evaluated_on, teachers, plan.num_experts),
         compute_metrics=lambda prediction: expert_divergences(prediction, plan.expert_names),
         callbacks=[FinishedCheckpoints(staged)] if staged else None,
     )
@@ -167,6 +176,12 @@ def _refine(
         logger.info("saved the refined checkpoint to %s", out)
     trainer.accelerator.end_training()
     return record
+
+
+def special_tokens(plan: Plan) -> frozenset[int]:
+    """Tokens of the merged vocabulary that are no text."""
+    tokenizer = plan.vocabulary.tokenizer
+    return frozenset({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
 
 
 def find_data(recipe: Recipe, args: RefineArguments) -> str:

@@ -21,16 +21,18 @@ def divergence_rows(record: Mapping[str, Any]) -> tuple[list[str], list[list[str
 
 def outcome(record: Mapping[str, Any]) -> str:
     """What came of it, in one sentence."""
-    texts = sum(own["texts"] for own in record["experts"].values())
+    texts = f"{sum(own['texts'] for own in record['experts'].values()):,} texts"
+    if variants := record["options"]["variants"]:
+        texts += f" and {variants} variants of each"
     if not record["improved"]:
         return (
-            f"{record['steps']:,} steps on {texts:,} texts brought them no nearer to what the experts say, so they "
+            f"{record['steps']:,} steps on {texts} brought them no nearer to what the experts say, so they "
             "are bit for bit as they were."
         )
     per_expert = ", and what is kept per expert," if record["options"]["train_per_expert"] else ""
     frozen = " Rows of a single expert were left out." if record["options"]["freeze_single_owner_rows"] else ""
     return (
-        f"They were{per_expert} trained on {texts:,} texts to say what the experts say, each text through its own "
+        f"They were{per_expert} trained on {texts} to say what the experts say, each text through its own "
         f"expert's view; the best of {record['steps']:,} steps was {record['best_step']:,}.{frozen}"
     )
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 import torch
 
 
-def pad(texts: Sequence[Sequence[int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """`input_ids` and `attention_mask` of B texts, padded on the right to T tokens: both (B, T)."""
+def pad(texts: Sequence[Sequence[int]], left: bool = False) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """`input_ids` and `attention_mask` of B texts, padded on the right, or the left, to T tokens: both (B, T)."""
     input_ids, attention_mask = torch.zeros(2, len(texts), max(map(len, texts)), dtype=torch.int64)
     for place, text in enumerate(texts):
-        input_ids[place, : len(text)] = torch.tensor(text)
-        attention_mask[place, : len(text)] = 1
+        own = slice(-len(text), None) if left else slice(len(text))
+        input_ids[place, own] = torch.tensor(text)
+        attention_mask[place, own] = 1
     return input_ids, attention_mask
 
 

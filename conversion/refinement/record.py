@@ -18,6 +18,8 @@ SHOWN = (
     "eval_share",
     "max_length",
     "top_k",
+    "variants",
+    "variant_share",
     "train_per_expert",
     "freeze_single_owner_rows",
     "patience",

@@ -9,11 +9,13 @@ Shapes: P positions (one fewer than tokens in a text), V tokens of the merged vo
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -22,6 +24,7 @@ from conversion.io.options import format_bytes
 from conversion.io.weight_files import dtype_text
 from conversion.refinement.divergence import TopTokens, top_tokens
 from conversion.refinement.padding import batches, pad
+from conversion.refinement.variants import answer_prompts, vary_prompts
 from conversion.vocabulary.calibration_texts import CalibrationText
 
 logger = logging.getLogger(__name__)
@@ -56,43 +59,122 @@ def parts_of(texts: Sequence[CalibrationText]) -> Iterator[Part]:
             yield Part(f"teacher-{expert}-{count:05d}.safetensors", expert, tuple(numbers))
 
 
+@dataclass(frozen=True)
+class TeacherSettings:
+    """How the teachers run.
+
+    Attributes:
+        top_k: tokens that are kept of each position.
+        batch_size: texts that run together.
+        variants: of every text that trains; 0: none.
+        variant_share: of the tokens of a prompt that a variant exchanges.
+        seed: of the variants.
+        kept: tokens that no variant exchanges.
+        ends: tokens that end the answers of each expert.
+    """
+
+    top_k: int
+    batch_size: int
+    variants: int = 0
+    variant_share: float = 0.0
+    seed: int = 0
+    kept: frozenset[int] = frozenset()
+    ends: tuple[tuple[int, ...], ...] = ()
+
+
 def run_teachers(
-    texts: Sequence[CalibrationText],
+    train: Sequence[CalibrationText],
+    held_out: Sequence[CalibrationText],
     load_expert: Callable[[int], PreTrainedModel],
     names: Sequence[str],
     journal: Journal,
-    *,
-    top_k: int,
-    batch_size: int,
+    settings: TeacherSettings,
     progress: bool = True,
 ) -> None:
     """Write what every expert says after each token of its texts, as far as an earlier run has not.
 
     Args:
+        train, held_out: the texts; of the first, variants are made and answered before.
         load_expert: gives the model of an expert, in the merged vocabulary; called for one at a time.
         names: of the experts.
-        top_k: the tokens that are kept of each position.
-        batch_size: texts that run together.
 
     Raises:
         ValueError: an expert's logits are NaN or infinite.
     """
-    missing = [part for part in parts_of(texts) if not journal.finished(part.name)]
-    with tqdm(total=sum(len(part.numbers) for part in missing), disable=not progress, dynamic_ncols=True) as bar:
-        for expert in sorted({part.expert for part in missing}):
-            bar.set_description(f"expert {names[expert]}")
-            model = load_expert(expert).eval()
-            for part in missing:
-                if part.expert == expert:
-                    own = [texts[number].input_ids for number in part.numbers]
+    kept_bytes = 0
+    with tqdm(total=len(names), desc="teachers", disable=not progress, dynamic_ncols=True) as bar:
+        for expert, name in enumerate(names):
+            bar.set_postfix_str(name)
+            own = [text for text in train if text.expert == expert]
+            teacher = _Teacher(expert, load_expert, settings)
+            file = journal.folder / variants_file(expert)
+            if settings.variants and not journal.finished(file.name):
+                journal.save(file.name, file, _packed(teacher.variants(own)))
+            texts = [*own, *(text for text in held_out if text.expert == expert)]
+            texts += read_variants(journal.folder, expert) if settings.variants else []
+            for part in parts_of(texts):
+                file = journal.folder / part.name
+                if not journal.finished(part.name):
                     try:
-                        kept = distributions(model, own, top_k, batch_size, bar)
+                        top = teacher.distributions([texts[number].input_ids for number in part.numbers])
                     except ValueError as error:
-                        raise ValueError(f"expert {names[expert]!r}: {error}") from None
-                    journal.save(part.name, journal.folder / part.name, kept._asdict())
-            del model
-    size = sum((journal.folder / part.name).stat().st_size for part in parts_of(texts))
-    logger.info("the experts' %d most probable tokens after each token are kept: %s", top_k, format_bytes(size))
+                        raise ValueError(f"expert {name!r}: {error}") from None
+                    journal.save(part.name, file, top._asdict())
+                kept_bytes += file.stat().st_size
+            bar.update()
+    logger.info("the experts' %d most probable tokens are kept: %s", settings.top_k, format_bytes(kept_bytes))
+
+
+def all_texts(
+    train: Sequence[CalibrationText], held_out: Sequence[CalibrationText], folder: Path, num_variants: int
+) -> tuple[list[CalibrationText], list[int], list[int]]:
+    """The texts that the teachers ran on, and the numbers among them of those that train and those held out."""
+    texts = [*train, *held_out]
+    if num_variants:
+        for expert in sorted({text.expert for text in texts}):
+            texts += read_variants(folder, expert)
+    first, last = len(train), len(train) + len(held_out)
+    return texts, [*range(first), *range(last, len(texts))], [*range(first, last)]
+
+
+def variants_file(expert: int) -> str:
+    return f"variants-{expert}.safetensors"
+
+
+def read_variants(folder: Path, expert: int) -> list[CalibrationText]:
+    """The variants of an expert's texts, with its answers."""
+    tensors = load_file(folder / variants_file(expert))
+    parts = tensors["input_ids"].split(tensors["lengths"].tolist())
+    starts = tensors["answer_starts"].tolist()
+    return [CalibrationText(expert, part.tolist(), start) for part, start in zip(parts, starts, strict=True)]
+
+
+def _packed(texts: Sequence[CalibrationText]) -> dict[str, torch.Tensor]:
+    return {
+        "input_ids": torch.tensor([token for text in texts for token in text.input_ids], dtype=torch.int32),
+        "lengths": torch.tensor([len(text.input_ids) for text in texts]),
+        "answer_starts": torch.tensor([text.answer_start for text in texts]),
+    }
+
+
+class _Teacher:
+    """One expert, loaded once something is asked of it."""
+
+    def __init__(self, expert: int, load_expert: Callable[[int], PreTrainedModel], settings: TeacherSettings):
+        self._expert, self._load, self._settings = expert, load_expert, settings
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        return self._load(self._expert).eval()
+
+    def variants(self, texts: Sequence[CalibrationText]) -> list[CalibrationText]:
+        settings, ends = self._settings, self._settings.ends[self._expert]
+        prompts = vary_prompts(texts, settings.variants, settings.variant_share, settings.kept, settings.seed)
+        longest = max(len(text.input_ids) - text.answer_start for text in texts)
+        return answer_prompts(self._model, self._expert, prompts, ends, longest, settings.batch_size)
+
+    def distributions(self, texts: Sequence[Sequence[int]]) -> TopTokens:
+        return distributions(self._model, texts, self._settings.top_k, self._settings.batch_size)
 
 
 @torch.inference_mode()
@@ -101,7 +183,6 @@ def distributions(
     texts: Sequence[Sequence[int]],
     top_k: int,
     batch_size: int,
-    bar: tqdm,
 ) -> TopTokens:
     """The model's distributions after each token of the texts but the last, one text after the other: P positions."""
     results: dict[int, TopTokens] = {}
@@ -113,13 +194,13 @@ def distributions(
             if not top.values[:, 0].isfinite().all():
                 raise ValueError(f"its logits are not finite in {dtype_text(model.dtype)}")
             results[number] = TopTokens(*(tensor.cpu() for tensor in top))
-        bar.update(len(numbers))
     return TopTokens(*map(torch.cat, zip(*(results[number] for number in range(len(texts))))))
 
 
-def teacher_bytes(texts: Sequence[CalibrationText], top_k: int) -> int:
-    """At most so much is kept of the experts."""
-    return sum(len(text.input_ids) for text in texts) * (top_k * KEPT_BYTES + BYTES_OF_REST)
+def teacher_bytes(texts: Sequence[CalibrationText], settings: TeacherSettings) -> int:
+    """About so much is kept of the experts."""
+    tokens = sum(len(text.input_ids) for text in texts) * (1 + settings.variants)
+    return tokens * (settings.top_k * KEPT_BYTES + BYTES_OF_REST)
 
 
 class TeacherFiles:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conversion import refine as door
@@ -18,12 +19,13 @@ from conversion.io.foreign_files import read_json
 from conversion.merging.recipe import parse_recipe
 from conversion.refine import main, refine
 from conversion.refinement import teachers
+from conversion.router.metrics import evaluate_router
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["e0", "e1", "e2"]
 OPTIONS = {
     **{"max_steps": 20, "per_device_train_batch_size": 12, "learning_rate": 2e-2, "top_k": 300},
-    **{"disable_tqdm": True, "use_cpu": True, "patience": 9},
+    **{"disable_tqdm": True, "use_cpu": True, "patience": 9, "eval_steps": 0.25, "save_steps": 0.25},
 }
 
 
@@ -171,7 +173,7 @@ def test_the_best_rows_are_kept(make_merged, tmp_path):
 def test_training_stops_without_progress(make_merged, tmp_path):
     recipe = make_merged()
     options = {**OPTIONS, "learning_rate": 0, "patience": 2, "max_steps": 100}
-    assert refine(tmp_path / "merged", recipe, tmp_path / "out", **options)["steps"] == 30
+    assert refine(tmp_path / "merged", recipe, tmp_path / "out", **options)["steps"] == 75
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(make_merged, tmp_path, monkeypatch, caplog):
@@ -186,7 +188,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(make_merged, tmp_path, monk
     monkeypatch.setattr(door.RefinementTrainer, "compute_loss", overflow)
     record = refine(tmp_path / "merged", recipe, tmp_path / "out", **OPTIONS)
     assert "the loss of step 13 is not finite: training ends here" in caplog.text
-    assert (record["steps"], record["best_step"], record["improved"]) == (13, 12, True)
+    assert (record["steps"], record["best_step"], record["improved"]) == (13, 10, True)
     assert all(tensor.isfinite().all() for tensor in tensors_of(tmp_path / "out").values())
 
 
@@ -293,8 +295,6 @@ def test_a_trained_router_is_compared(make_merged, tmp_path, caplog):
     with torch.no_grad():
         model.router.head.weight.normal_(generator=torch.Generator().manual_seed(0))
     tensors = tensors_of(tmp_path / "merged") | {"router.head.weight": model.router.head.weight.detach()}
-    from safetensors.torch import save_file
-
     save_file(tensors, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
     record = refine(tmp_path / "merged", recipe, tmp_path / "out", **OPTIONS)
     assert record["router"]["prompts"] == 60 and 0 < record["router"]["moved"] < 60
@@ -419,3 +419,29 @@ def test_few_texts_are_an_error(make_merged, tmp_path):
 def test_the_command_line_needs_a_recipe():
     with pytest.raises(ValueError, match="required: --recipe"):
         main(["--checkpoint", "merged"])
+
+
+def test_variants_train_too(make_merged, tmp_path):
+    """Prompts with other tokens, answered by their experts: trained on, never evaluated on."""
+    recipe = make_merged()
+    options = {**OPTIONS, "variants": 2}
+    record = refine(tmp_path / "merged", recipe, tmp_path / "plain", **OPTIONS)
+    varied = refine(tmp_path / "merged", recipe, tmp_path / "varied", **options)
+    assert varied["improved"] and varied["options"]["variants"] == 2
+    assert (
+        varied["kl_before"] == pytest.approx(record["kl_before"], rel=1e-5)
+        and varied["kl_after"] != record["kl_after"]
+    )
+    assert "and 2 variants of each" in (tmp_path / "varied" / "README.md").read_text().replace("\n", " ")
+
+
+def test_the_routers_evaluation_stays_while_it_routes_as_before(make_merged, tmp_path):
+    """Files and section of the router's evaluation are kept where no prompt moves, and left out where some do."""
+    recipe = make_merged()
+    router = {"threshold": 0.0, "temperature": 1.0, "default_expert": "e0"}
+    evaluation = evaluate_router(np.eye(3)[[0, 1, 2]], np.arange(3), ["eval"] * 3, NAMES, router)
+    evaluation["training"] = {"queries": 9, "train_data": ["train.jsonl"], "eval_data": ["eval.jsonl"]}
+    (tmp_path / "merged" / "router_eval.json").write_text(json.dumps(evaluation))
+    refine(tmp_path / "merged", recipe, tmp_path / "out", **OPTIONS)
+    assert json.loads((tmp_path / "out" / "router_eval.json").read_text()) == evaluation
+    assert "100.0% of 3 evaluation queries" in (tmp_path / "out" / "README.md").read_text()

@@ -6,7 +6,14 @@ import torch
 from conversion.io.journal import Journal
 from conversion.refinement import teachers
 from conversion.refinement.divergence import top_tokens
-from conversion.refinement.teachers import TeacherFiles, parts_of, run_teachers, teacher_bytes
+from conversion.refinement.teachers import (
+    TeacherFiles,
+    TeacherSettings,
+    all_texts,
+    parts_of,
+    run_teachers,
+    teacher_bytes,
+)
 from conversion.vocabulary.calibration_texts import CalibrationText
 
 NAMES = ["a", "b", "c"]
@@ -27,16 +34,19 @@ def texts():
     ]
 
 
-def label(texts, models, folder, **keys):
+def label(texts, models, folder, stop_at=None, **keys):
     folder.mkdir(exist_ok=True)
     journal = Journal(folder, {"run": 1})
     called = []
 
     def load(number):
+        if number == stop_at:
+            raise KeyboardInterrupt
         called.append(number)
         return models[number]
 
-    run_teachers(texts, load, NAMES, journal, **{"top_k": 5, "batch_size": 4, "progress": False, **keys})
+    settings = TeacherSettings(**{"top_k": 5, "batch_size": 4, **keys})
+    run_teachers(texts[:-5], texts[-5:], load, NAMES, journal, settings, progress=False)
     return journal, called
 
 
@@ -59,15 +69,16 @@ def test_every_text_has_its_own_experts_distributions(texts, models, tmp_path, m
             torch.testing.assert_close(source[number].values, expected.values, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(source[number].rest, expected.rest, rtol=1e-4, atol=1e-5)
     size = sum(file.stat().st_size for file in whole.folder.glob("teacher-*"))
-    assert size - 3 * 1024 < teacher_bytes(texts, 5)
+    assert size - 3 * 1024 < teacher_bytes(texts, TeacherSettings(5, 4))
 
 
 def test_what_is_there_is_not_run_again(texts, models, tmp_path):
     """A run that was stopped goes on with the experts that are missing; a damaged file counts as missing."""
-    first, _ = label([text for text in texts if text.expert < 2], models, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        label(texts, models, tmp_path / "run", stop_at=2)
     assert label(texts, models, tmp_path / "run")[1] == [2]
     assert label(texts, models, tmp_path / "run")[1] == []
-    next(first.folder.glob("teacher-1-*")).write_bytes(b"half")
+    next((tmp_path / "run" / ".journal").glob("teacher-1-*")).write_bytes(b"half")
     assert label(texts, models, tmp_path / "run")[1] == [1]
 
 
@@ -87,3 +98,26 @@ def test_logits_that_are_not_finite_are_an_error(texts, models, tmp_path):
         models[1].lm_head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="expert 'b': its logits are not finite in float32"):
         label(texts, models, tmp_path / "run")
+
+
+def test_variants_are_answered_by_their_expert_and_trained_on(texts, models, tmp_path):
+    """Twice as many as there are texts that train; each is what its expert would say next, until its answer ends."""
+    keys = {"variants": 2, "variant_share": 0.5, "kept": frozenset({0}), "ends": ((7, 9), (11,), ())}
+    journal, called = label(texts, models, tmp_path / "run", **keys)
+    assert called == [0, 1, 2]
+    train, held_out = texts[:-5], texts[-5:]
+    everything, trained_on, evaluated_on = all_texts(train, held_out, journal.folder, 2)
+    assert [everything[number] for number in evaluated_on] == held_out
+    variants = [everything[number] for number in trained_on[len(train) :]]
+    assert [everything[number] for number in trained_on[: len(train)]] == train and len(variants) == 2 * len(train)
+    files = TeacherFiles(journal.folder, everything)
+    for number in trained_on:
+        text, ends = everything[number], keys["ends"][everything[number].expert]
+        with torch.no_grad():
+            logits = models[text.expert](torch.tensor([text.input_ids])).logits[0, :-1]
+        assert torch.equal(files[number].tokens[:, 0].long(), logits.argmax(-1))
+        if number >= len(texts):
+            answer = text.input_ids[text.answer_start :]
+            assert logits.argmax(-1)[text.answer_start - 1 :].tolist() == answer
+            assert not set(answer[:-1]) & set(ends)
+    assert label(texts, models, tmp_path / "run", **keys)[1] == []
