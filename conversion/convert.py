@@ -15,6 +15,7 @@ Shapes: N experts, C channels of one chunk, O channels, I inputs, R rows, M memb
 import contextlib
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from conversion.io.shard_writer import ShardWriter
 from conversion.io.sources import check_unchanged
 from conversion.io.staged_folder import StagedFolder, check_disk_space
 from conversion.merging.block_reader import BlockReader
+from conversion.merging.calibration_source import find_calibration
+from conversion.merging.channel_costs import ChannelCosts
 from conversion.merging.grouped_module import all_modules
 from conversion.merging.grouping_pass import group_modules
 from conversion.merging.memory_budget import CHUNK_BYTES, plan_memory
@@ -37,6 +40,8 @@ from conversion.merging.merging_pass import output_tensors, write_modules
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.merging.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 MAX_MEMORY = "2GB"
 
@@ -87,24 +92,40 @@ def convert(
     plan = make_plan(recipe, out, overwrite=overwrite)
     memory = plan_memory(plan, parse_size(max_memory, "max_memory"), torch.get_num_threads(), chunk_bytes)
     torch_device = find_device(device)
+    source = find_calibration(plan, memory.max_memory, torch.get_num_threads())
+    if source is None and plan.recipe.preset == "recommended":
+        logger.warning(
+            "the recommended preset has no calibration texts: rows are shared by how the weights look, which keeps "
+            "less of the experts than calibration: {data: ...} would"
+        )
     blocks = BlockReader(plan, memory.chunk_bytes, torch_device)
-    fingerprint = conversion_fingerprint(plan, max_shard_size=shard_bytes, device=str(torch_device))
-    check_disk_space(out, plan.max_bytes, fingerprint)
+    fingerprint = conversion_fingerprint(
+        plan,
+        calibration=source and source.identity,
+        max_shard_size=shard_bytes,
+        device=str(torch_device),
+    )
+    check_disk_space(out, plan.max_bytes + (source.disk_bytes if source else 0), fingerprint)
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(StagedFolder(out, overwrite, fingerprint))
         for reader in (plan.base_reader, *plan.readers):
             stack.callback(reader.close)
+        costs = None
+        if source is not None:
+            calibration = source.open(staged.journal, torch_device, progress)
+            stack.callback(calibration.close)
+            costs = ChannelCosts(plan, calibration, torch_device)
         bar = stack.enter_context(
             tqdm(total=2 * plan.bytes_to_read, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
         )
         workers = Workers(memory.threads, blocks.stop)
         bar.set_description("grouping channels")
-        grouped = group_modules(plan, blocks, workers, staged.journal, bar)
-        report = conversion_report(plan, grouped)
+        grouped = group_modules(plan, costs, blocks, workers, staged.journal, bar)
+        report = conversion_report(plan, grouped, source and source.texts)
         bar.set_description("merging rows")
         writer = ShardWriter(staged.path, output_tensors(plan, grouped), shard_bytes, staged.journal)
         stack.callback(writer.close)
-        errors = write_modules(plan, blocks, workers, grouped, writer, staged.journal, bar)
+        errors = write_modules(plan, costs, blocks, workers, grouped, writer, staged.journal, bar)
         add_relative_errors(report, plan, grouped, errors)
         writer.finish({"total_parameters": report["parameters"]["stored"]})
         bar.set_description("writing files")

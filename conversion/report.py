@@ -1,8 +1,9 @@
 """What a channel-merged checkpoint stores, as tables for a terminal."""
 
+from rich import box
 from rich.table import Table
 
-from conversion.checkpoints.checkpoint_report import CheckpointReport, KindReport
+from conversion.checkpoints.checkpoint_report import CheckpointReport, KindReport, rows_per_channel
 from conversion.io.options import format_bytes, format_count
 
 
@@ -12,6 +13,7 @@ def report_tables(report: CheckpointReport, max_owner_sets: int = 16) -> list[Ta
         _summary(report),
         "\nStored by kind of module; share of the experts as separate models",
         _kind_table(report),
+        *budget_tables(report),
         "\nStored rows by owners",
         _owner_table(report, max_owner_sets),
     ]
@@ -23,6 +25,24 @@ def report_tables(report: CheckpointReport, max_owner_sets: int = 16) -> list[Ta
     return tables
 
 
+def budget_tables(report: CheckpointReport) -> list[Table | str]:
+    """What a budget bought in every decoder block; nothing without one."""
+    matrices = [matrix for matrix in report.matrices if matrix.layer is not None]
+    if report.budget is None or not matrices:
+        return []
+    kinds = list(dict.fromkeys(matrix.kind for matrix in matrices))
+    table = Table("block", box=box.SIMPLE)
+    for kind in kinds:
+        table.add_column(kind, justify="right", overflow="fold")
+    for layer in sorted({matrix.layer for matrix in matrices}):
+        cells = [
+            rows_per_channel(matrix for matrix in matrices if (matrix.kind, matrix.layer) == (kind, layer))
+            for kind in kinds
+        ]
+        table.add_row(str(layer), *("" if cell is None else f"{cell:.2f}" for cell in cells))
+    return ["\nRows per channel in every decoder block", table]
+
+
 def _summary(report: CheckpointReport) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
@@ -31,6 +51,7 @@ def _summary(report: CheckpointReport) -> Table:
     if not report.router_trained:
         state += f", answers with {router['default_expert']}"
     method, distinct = report.merge.get("method"), report.distinct_parameters
+    lost, texts = report.lost_share, report.calibration_texts
     for name, value in (
         ("checkpoint", report.checkpoint),
         ("base architecture", f"{report.architecture}, {report.dtype}"),
@@ -39,6 +60,9 @@ def _summary(report: CheckpointReport) -> Table:
         ("parameters", f"{report.parameters:,} stored"),
         ("", f"{report.share:.1%} of the {report.expert_parameters:,} of the experts as separate models"),
         ("", distinct and f"{report.parameters / distinct:.1%} of the {distinct:,} in which they differ"),
+        ("budget", report.budget and f"{report.budget:.1%}"),
+        ("predicted loss", lost and f"{lost:.1%} of that of one row per channel"),
+        ("calibration texts", texts and ", ".join(f"{name} {count:,}" for name, count in texts.items())),
         ("channel indices", format_bytes(report.index_bytes)),
         ("router", f"{format_bytes(report.router_bytes)}, {state}"),
     ):

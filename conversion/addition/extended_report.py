@@ -35,6 +35,7 @@ def extended_report(
         part["owners"] = {
             "+".join(owner_names(owners, names)): count for owners, count in module.rows_by_owners.items()
         }
+        part.pop("channels_by_rows", None)  # without the new expert
         part.pop("fallback_rows", None)
         part |= {"fallback_rows": 1} if module.has_fallback else {}
         if "error_norms" in part:

@@ -227,6 +227,33 @@ def partition_costs(
     return costs
 
 
+def group_by_number(
+    gram: torch.Tensor,
+    distinct: torch.Tensor,
+    *,
+    most_groups: int,
+    similarity: str = "l2",
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The groups of every channel for each number of groups, and what they cost.
+
+    Args:
+        most_groups: K.
+        gram, distinct, similarity, weights: as in `group_channels`.
+
+    Returns:
+        Labels (K, N, C) int8 of at most 1, 2, ..., K groups, and their costs (K, C) float64.
+    """
+    num_channels, num_experts, _ = gram.shape
+    labels = torch.empty((most_groups, num_experts, num_channels), dtype=torch.int8, device=gram.device)
+    costs = torch.empty((most_groups, num_channels), dtype=torch.float64, device=gram.device)
+    for number, (groups, cost) in enumerate(zip(labels, costs, strict=True), start=1):
+        found = group_channels(gram, distinct, num_groups=number, similarity=similarity, weights=weights)
+        groups.copy_(found)
+        cost.copy_(partition_costs(gram, found, similarity=similarity, weights=weights))
+    return labels, costs
+
+
 def lowest_members(labels: torch.Tensor) -> torch.Tensor:
     """Rename groups after their lowest expert: (N, C) any labels to (N, C) int64."""
     lowest = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)

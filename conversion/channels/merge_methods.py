@@ -11,6 +11,7 @@ With `normalize` a sum is divided by the sum of the w_m that take part in it.
 
 Arithmetic is float32 in mergekit's order of operations, so that one group of up to four experts gives mergekit's bits;
 beyond four, torch.sum (which it uses) adds in an order that depends on the place in the tensor, and this does not.
+`regmean` is merged by what was measured of the rows' inputs, in `channel_loss`.
 The trim threshold and the random mask are exact for a whole tensor that is only ever seen in chunks.
 
 Shapes: M members of the group, C channels, I inputs.
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-MERGE_METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+MERGE_METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "regmean")
 ELECTING_METHODS = ("ties", "dare_ties")
 MASKED_METHODS = ("dare_linear", "dare_ties")
 SPARSE_METHODS = ("ties", "dare_linear", "dare_ties")
@@ -99,6 +100,8 @@ def merge_rows(
         raise ValueError(f"{method.name} at density {method.density} needs one threshold for each of {len(rows)} rows")
     if method.needs_mask and (keep is None or keep.shape != rows.shape):
         raise ValueError(f"{method.name} at density {method.density} needs a keep mask of shape {tuple(rows.shape)}")
+    if method.name == "regmean":
+        raise ValueError("rows alone cannot be merged by regmean")
     weights = weights.float()
     if method.name == "linear" and method.normalize and weights.sum() == 0:
         raise ValueError(f"the weights {weights.tolist()} of a normalized linear merge sum to 0")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,6 +37,9 @@ class MatrixReport:
     rows_by_owners: dict[str, int]  # "math" or "math + code" -> stored rows, most rows first
     delta_norms: tuple[float, ...] | None  # of each expert, as the conversion measured them
     error_norms: tuple[float, ...] | None  # of (merged rows - expert's rows)
+    losses: (
+        tuple[float, float] | None
+    )  # predicted for these rows and for one row per channel, where a budget was spent
 
     @property
     def kind(self) -> str:
@@ -82,6 +85,17 @@ class CheckpointReport:
     router_trained: bool
     router: dict[str, Any]
     merge: dict[str, Any]
+    calibration_texts: dict[str, int] | None  # by expert
+
+    @property
+    def budget(self) -> float | None:
+        """The share of the experts' parameters that the recipe gave; None where it gave a number of groups."""
+        return self.merge.get("recipe", {}).get("grouping", {}).get("budget")
+
+    @property
+    def lost_share(self) -> float | None:
+        """The loss that the conversion predicted, over that of one row per channel; None without a budget."""
+        return lost_share(self.matrices)
 
     @property
     def share(self) -> float:
@@ -95,7 +109,8 @@ class CheckpointReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
-        return {**dataclasses.asdict(self), "share": self.share, "distinct_parameters": self.distinct_parameters}
+        more = {name: getattr(self, name) for name in ("share", "distinct_parameters", "budget", "lost_share")}
+        return {**dataclasses.asdict(self), **more}
 
 
 def inspect_checkpoint(checkpoint: str | Path) -> CheckpointReport:
@@ -106,8 +121,8 @@ def inspect_checkpoint(checkpoint: str | Path) -> CheckpointReport:
         }
         for path in merged.modules.channel.keys() - owners.keys():
             merged.channel_index(path)  # a tied head stores no rows, but its index must be valid too
-        norms = _conversion_norms(merged)
-        matrices = tuple(_matrix_report(merged, path, masks, norms.get(path)) for path, masks in owners.items())
+        conversion = _read_conversion(merged)
+        matrices = tuple(_matrix_report(merged, path, masks, conversion) for path, masks in owners.items())
         kinds = (*_kind_reports(matrices), _per_expert_report(merged))
         config = merged.config
         return CheckpointReport(
@@ -128,6 +143,7 @@ def inspect_checkpoint(checkpoint: str | Path) -> CheckpointReport:
             router_trained=any(bool(merged.reader.read(name).any()) for name in merged.router_names()),
             router=dict(config.router),
             merge=dict(config.merge),
+            calibration_texts=conversion.texts,
         )
 
 
@@ -157,14 +173,22 @@ def _expert_channels(merged: MergedCheckpoint, path: str) -> int:
     return num_experts * merged.modules.channel[path].out_features
 
 
-def _conversion_norms(merged: MergedCheckpoint) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]]]:
-    """Norms of each expert's deltas and errors by module, from the conversion's report; empty where there is none."""
+class Conversion(NamedTuple):
+    """What the conversion's report says, as far as this one shows it; empty where there is none."""
+
+    norms: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]  # module -> of each expert's deltas and errors
+    losses: dict[str, tuple[float, float]]
+    texts: dict[str, int] | None
+
+
+def _read_conversion(merged: MergedCheckpoint) -> Conversion:
     file, names = merged.folder / REPORT_FILE, merged.config.expert_names
     if not file.is_file():
-        return {}
+        return Conversion({}, {}, None)
     try:
-        modules = read_json(file).get("modules", {})
-        return {
+        report = read_json(file)
+        modules = report.get("modules", {})
+        norms = {
             # Of an exact expert that was added without its base at hand, the change from the base is not known.
             path: tuple(
                 tuple(float(module[key][name] or 0) for name in names) for key in ("delta_norms", "error_norms")
@@ -172,8 +196,31 @@ def _conversion_norms(merged: MergedCheckpoint) -> dict[str, tuple[tuple[float, 
             for path, module in modules.items()
             if "error_norms" in module
         }
+        losses = {
+            path: (float(module["predicted_loss"]), float(module["one_row_loss"]))
+            for path, module in modules.items()
+            if "predicted_loss" in module
+        }
+        texts = report.get("calibration_texts")
+        return Conversion(norms, losses, texts and {name: int(texts[name]) for name in texts})
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{file} is no report of a conversion of {', '.join(names)}") from None
+
+
+def rows_per_channel(matrices: Iterable[MatrixReport]) -> float | None:
+    """Mean over the channels of several modules; None where there are none."""
+    matrices = list(matrices)
+    channels = sum(matrix.channels for matrix in matrices)
+    return sum(matrix.rows for matrix in matrices) / channels if channels else None
+
+
+def lost_share(matrices: Iterable[MatrixReport]) -> float | None:
+    """Predicted loss of several modules over that of one row per channel; None where nothing was predicted or lost."""
+    losses = [matrix.losses for matrix in matrices]
+    if not losses or None in losses:
+        return None
+    predicted, one_row = map(sum, zip(*losses))
+    return predicted / one_row if one_row else None
 
 
 def relative_errors(matrices: Iterable[MatrixReport]) -> tuple[float | None, ...] | None:
@@ -192,10 +239,11 @@ def _matrix_report(
     merged: MergedCheckpoint,
     path: str,
     owners: torch.Tensor,
-    norms: tuple[tuple[float, ...], tuple[float, ...]] | None,
+    conversion: Conversion,
 ) -> MatrixReport:
     module, num_experts = merged.modules.channel[path], merged.config.num_experts
     row_size = module.in_features + module.bias
+    norms = conversion.norms.get(path)
     counts = torch.bincount(owner_counts(owners, num_experts), minlength=num_experts + 1)
     return MatrixReport(
         path=path,
@@ -207,6 +255,7 @@ def _matrix_report(
         rows_by_owners=_rows_by_owners([owners], merged.config.expert_names),
         delta_norms=norms and norms[0],
         error_norms=norms and norms[1],
+        losses=conversion.losses.get(path),
     )
 
 

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from conversion.channels.delta_errors import relative_error
-from conversion.checkpoints.checkpoint_report import CheckpointReport, MatrixReport, relative_errors
+from conversion.checkpoints.checkpoint_report import CheckpointReport, MatrixReport, relative_errors, rows_per_channel
 
 
 def plot_report(report: CheckpointReport, file: str | Path) -> None:
     """Draw where the experts share rows, and what merging changed.
 
-    By kind of module, by owners, and along the decoder blocks. The lower half, the relative errors, is left out where
-    they were not measured.
+    By kind of module, by owners, and along the decoder blocks, with a budget as rows per channel. The lower half, the
+    relative errors, is left out where they were not measured.
 
     Raises:
         ValueError: matplotlib is not installed, or it cannot write files of this suffix.
@@ -27,7 +27,10 @@ def plot_report(report: CheckpointReport, file: str | Path) -> None:
     axes = figure.subplots(2 if has_errors else 1, 3, squeeze=False)
     _plot_owner_counts(axes[0, 0], report)
     _plot_owner_sets(axes[0, 1], report)
-    _plot_blocks(axes[0, 2], report, "share of rows with one owner", _share_of_one_owner)
+    if report.budget is None:
+        _plot_blocks(axes[0, 2], report, "share of rows with one owner", _share_of_one_owner)
+    else:
+        _plot_blocks(axes[0, 2], report, "rows per channel", rows_per_channel, as_share=False)
     if has_errors:
         _plot_errors_by_kind(axes[1, 0], report)
         _plot_errors_by_block(axes[1, 1], report)
@@ -85,7 +88,7 @@ def _plot_owner_sets(axes, report: CheckpointReport, max_owner_sets: int = 15) -
     axes.set_xlabel("share of stored rows")
 
 
-def _plot_blocks(axes, report: CheckpointReport, label: str, value) -> None:
+def _plot_blocks(axes, report: CheckpointReport, label: str, value, as_share: bool = True) -> None:
     """A map of kinds of module against decoder blocks, coloured by `value` of the matrices that are there."""
     matrices = [matrix for matrix in report.matrices if matrix.layer is not None]
     kinds = list(dict.fromkeys(matrix.kind for matrix in matrices))
@@ -101,7 +104,7 @@ def _plot_blocks(axes, report: CheckpointReport, label: str, value) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(label[0].upper() + label[1:])
     axes.set_xlabel("decoder block")
-    axes.figure.colorbar(image, ax=axes, format=_percent())
+    axes.figure.colorbar(image, ax=axes, format=_percent() if as_share else "%.3g")
 
 
 def _share_of_one_owner(matrices: list[MatrixReport]) -> float | None:

@@ -8,16 +8,23 @@ import torch
 
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.source_card import read_card
+from conversion.io.sources import without_folder
 from conversion.io.weight_files import dtype_text
-from conversion.merging.grouped_module import GroupedModule
+from conversion.merging.grouped_module import LOSSES, GroupedModule
 from conversion.merging.plan import Plan
 
 PACKAGE = "channel-merged"
 RECORDED_PACKAGES = (PACKAGE, "torch", "transformers", "safetensors")
 
 
-def conversion_report(plan: Plan, grouped: Mapping[str, GroupedModule]) -> dict[str, Any]:
-    """What was merged from what, and what came of it, as plain values. The same for every run of the same recipe."""
+def conversion_report(
+    plan: Plan, grouped: Mapping[str, GroupedModule], texts: Mapping[str, int] | None
+) -> dict[str, Any]:
+    """What was merged from what, and what came of it, as plain values. The same for every run of the same recipe.
+
+    Args:
+        texts: how many texts each expert was calibrated on.
+    """
     names = plan.expert_names
     modules = {}
     stored = distinct = 0
@@ -34,6 +41,8 @@ def conversion_report(plan: Plan, grouped: Mapping[str, GroupedModule]) -> dict[
             "merged_rows": module.num_merged,
             "distinct_rows": module.num_distinct,
             "owners": module.owner_counts(names),
+            "channels_by_rows": {str(rows): count for rows, count in module.channels_by_rows.items()},
+            **{name: loss for name in LOSSES if (loss := getattr(module, name)) is not None},
             **({"fallback_rows": 1} if module.has_fallback else {}),
         }
     kept = plan.num_experts * plan.per_expert_parameters
@@ -43,6 +52,7 @@ def conversion_report(plan: Plan, grouped: Mapping[str, GroupedModule]) -> dict[
         "base_model": plan.base.record(),
         "experts": [expert.record() for expert in plan.experts],
         "method": plan.recipe.merge_method,
+        **({} if texts is None else {"calibration_texts": dict(texts)}),
         "seed": plan.recipe.seed,
         "dtype": dtype_text(plan.dtype),
         "versions": package_versions(),
@@ -83,10 +93,13 @@ def add_relative_errors(
 
 
 def recipe_record(plan: Plan) -> dict[str, Any]:
-    """The recipe as plain values; it says which models, but not where they lay on this machine."""
+    """The recipe as plain values; it says which models and texts, but not where they lay on this machine."""
     record = plan.recipe.record()
     experts = [{**spec, "model": source.shown} for spec, source in zip(record["experts"], plan.experts, strict=True)]
-    return {**record, "base_model": plan.base.shown, "experts": experts}
+    record |= {"base_model": plan.base.shown, "experts": experts}
+    if "calibration" in record:
+        record["calibration"] = {key: without_folder(place) for key, place in record["calibration"].items()}
+    return record
 
 
 def package_versions() -> dict[str, str]:

@@ -146,10 +146,11 @@ def input_files(folder: Path) -> dict[str, Identity]:
             weights += weight_files(folder, formats)
     small = {file.relative_to(folder).as_posix() for pattern in READ_FILES for file in folder.glob(pattern)}
     names = sorted(name for name in {*weights, *small} if (folder / name).is_file())
-    return {name: _identity(folder / name, name in weights) for name in names}
+    return {name: identity(folder / name, name in weights) for name in names}
 
 
-def _identity(file: Path, has_weights: bool) -> Identity:
+def identity(file: Path, has_weights: bool) -> Identity:
+    """What tells that a file changed."""
     stat = file.stat()
     if not has_weights and stat.st_size <= HASHED_BYTES:
         return file_hash(file)

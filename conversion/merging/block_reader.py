@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from conversion.checkpoints.architecture import channel_parameters
-from conversion.merging.memory_budget import row_bytes
+from conversion.merging.memory_budget import CALIBRATED_CHANNELS, row_bytes
 from conversion.merging.plan import Plan
 from conversion.merging.workers import Stopped
 
@@ -47,7 +47,8 @@ class BlockReader:
 
     Args:
         plan: the checked conversion.
-        chunk_bytes: of float32 rows in one chunk; a row is never split.
+        chunk_bytes: of float32 rows in one chunk; a row is never split. With a calibration all chunks have the same
+            number of channels: the rounding of matrix products depends on their shapes.
         device: where the blocks go.
     """
 
@@ -64,7 +65,9 @@ class BlockReader:
     def chunks(self, path: str) -> list[tuple[int, int]]:
         """Row ranges of a module."""
         channels = self._plan.modules.channel[path].out_features
-        count = max(1, self.max_bytes // row_bytes(self._plan, path))
+        count = CALIBRATED_CHANNELS
+        if self._plan.recipe.calibration is None:
+            count = max(1, self.max_bytes // row_bytes(self._plan, path))
         return [(start, min(start + count, channels)) for start in range(0, channels, count)]
 
     def module_bytes(self, path: str) -> int:

@@ -11,7 +11,8 @@ from conversion.checkpoints.architecture import channel_parameters
 from conversion.io.options import format_bytes, parse_size
 from conversion.io.staged_folder import check_target, free_bytes
 from conversion.io.weight_files import dtype_text
-from conversion.merging.memory_budget import MAX_THREADS, own_modules, plan_memory
+from conversion.merging.calibration_source import CalibrationData, find_calibration
+from conversion.merging.memory_budget import MAX_THREADS, plan_memory
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 
@@ -29,7 +30,7 @@ def plan_conversion(
         recipe, out, overwrite, max_memory: as `convert` takes them.
 
     Returns:
-        Plain values: `checkpoints`, `modules` by kind, `per_expert`, `output`, `memory`.
+        Plain values: `checkpoints`, `modules` by kind, `per_expert`, `output`, `memory`, `calibration` or None.
 
     Raises:
         ValueError: `convert` would refuse this too; but a disk that is too full is only told.
@@ -38,6 +39,7 @@ def plan_conversion(
     plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     threads = min(torch.get_num_threads(), MAX_THREADS)
     memory = plan_memory(plan, parse_size(max_memory, "max_memory"), threads)
+    calibration = find_calibration(plan, memory.max_memory, threads)
     return {
         "checkpoints": [
             {
@@ -55,7 +57,7 @@ def plan_conversion(
         },
         "output": {
             "tensors": count_tensors(plan),
-            "rows_at_most": sum(kind["rows_at_most"] for kind in modules_by_kind(plan).values()),
+            "rows_at_most": rows_at_most(plan, plan.own_modules),
             "bytes_at_most": plan.max_bytes,
             "bytes_free": free_bytes(Path(out)),
             "dtype": dtype_text(plan.dtype),
@@ -66,26 +68,49 @@ def plan_conversion(
             "threads": memory.threads,
             "chunk_bytes": memory.chunk_bytes,
         },
+        "calibration": calibration
+        and {
+            "texts": calibration.texts,
+            "bytes_in_between": calibration.disk_bytes,
+            "expected_peak": calibration.memory.expected_peak if isinstance(calibration, CalibrationData) else 0,
+        },
     }
 
 
 def modules_by_kind(plan: Plan) -> dict[str, dict[str, int]]:
     """Channel modules that store rows, by kind; tied ones store an index only."""
-    groups = min(plan.num_experts, plan.recipe.grouping.num_groups)
     kinds: dict[str, Counter] = {}
-    for module in plan.modules.channel.values():
+    own: dict[str, list[str]] = {}
+    for path, module in plan.modules.channel.items():
         tied = module.tied_to is not None
-        counts = kinds.setdefault("tied head" if tied else module.kind, Counter())
+        kind = "tied head" if tied else module.kind
+        counts = kinds.setdefault(kind, Counter(modules=0, channels=0, rows_at_most=0, rows_as_separate_models=0))
         counts["modules"] += 1
         counts["channels"] += module.out_features
-        counts["rows_at_most"] += 0 if tied else groups * module.out_features
-        counts["rows_as_separate_models"] += 0 if tied else plan.num_experts * module.out_features
+        if not tied:
+            own.setdefault(kind, []).append(path)
+            counts["rows_as_separate_models"] += plan.num_experts * module.out_features
+    for kind, paths in own.items():
+        kinds[kind]["rows_at_most"] = rows_at_most(plan, paths)
     return {kind: dict(counts) for kind, counts in kinds.items()}
+
+
+def rows_at_most(plan: Plan, paths: list[str]) -> int:
+    """The most rows that these modules can have; with a budget, if it is spent on them, on the shortest rows first."""
+    if plan.budget_parameters is None:
+        return sum(plan.most_rows(path) for path in paths)
+    spare = plan.budget_parameters - plan.least_parameters
+    rows = 0
+    for path in sorted(paths, key=plan.row_size):
+        least, size = plan.least_rows(path), plan.row_size(path)
+        more = min(plan.most_rows(path) - least, spare // size)
+        rows, spare = rows + least + more, spare - more * size
+    return rows
 
 
 def count_tensors(plan: Plan) -> int:
     """Tensors of the output: rows, biases, indices, copies per expert, the router's head."""
-    rows = sum(len(channel_parameters(plan.modules, path)) for path in own_modules(plan))
+    rows = sum(len(channel_parameters(plan.modules, path)) for path in plan.own_modules)
     copies = plan.num_experts * sum(map(len, plan.modules.per_expert.values()))
     return rows + len(plan.modules.channel) + copies + 2
 
@@ -99,7 +124,7 @@ def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
     modules = Table("channels of", "modules", "channels", "rows at most", "as separate models", title="merged")
     for kind, counts in plan["modules"].items():
         modules.add_row(kind, *(f"{count:,}" for count in counts.values()))
-    output, memory, copies = plan["output"], plan["memory"], plan["per_expert"]
+    output, memory, copies, calibration = plan["output"], plan["memory"], plan["per_expert"], plan["calibration"]
     room = "" if output["bytes_at_most"] <= output["bytes_free"] else " (NOT ENOUGH)"
     return [
         checkpoints,
@@ -111,4 +136,16 @@ def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
         f"{format_bytes(output['bytes_free'])} are free there{room}",
         f"memory      at most {format_bytes(memory['expected_peak'])} of {format_bytes(memory['budget'])}: "
         f"{memory['threads']} threads with chunks of {format_bytes(memory['chunk_bytes'])}",
+        *(() if calibration is None else [calibration_line(calibration)]),
     ]
+
+
+def calibration_line(calibration: dict[str, Any]) -> str:
+    """Which texts count, and what measuring takes beside the rest."""
+    texts = ", ".join(f"{count:,} of {name}" for name, count in calibration["texts"].items())
+    if not calibration["bytes_in_between"]:
+        return f"calibration {texts}, measured before"
+    return (
+        f"calibration {texts}; at most {format_bytes(calibration['expected_peak'])} of memory before the merge, "
+        f"{format_bytes(calibration['bytes_in_between'])} of disk until it is done"
+    )

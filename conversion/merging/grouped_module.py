@@ -15,6 +15,49 @@ from conversion.channels.row_layout import owner_names
 from conversion.merging.plan import Plan
 
 THRESHOLD_PREFIX = "thresholds."
+LOSSES = ("predicted_loss", "one_row_loss")
+
+
+def threshold_tensors(thresholds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Trim thresholds by parameter as a file holds them."""
+    return {THRESHOLD_PREFIX + name: values for name, values in thresholds.items()}
+
+
+def loaded_thresholds(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `threshold_tensors` gave."""
+    return {
+        name.removeprefix(THRESHOLD_PREFIX): values
+        for name, values in tensors.items()
+        if name.startswith(THRESHOLD_PREFIX)
+    }
+
+
+@dataclass(frozen=True)
+class ModuleChoices:
+    """What a budget chooses from: the groups of one module for each number of groups, K at most."""
+
+    labels: torch.Tensor  # (K, N, O) int8
+    costs: torch.Tensor  # (K, O) float64
+    distinct: torch.Tensor  # (N, O) int8: the first expert with the same row
+    delta_squares: torch.Tensor  # as in `ModuleGroups`, like the next
+    thresholds: dict[str, torch.Tensor]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it as a file holds it."""
+        values = {name: getattr(self, name) for name in ("labels", "costs", "distinct", "delta_squares")}
+        return values | threshold_tensors(self.thresholds)
+
+    @classmethod
+    def load(cls, file: Path) -> "ModuleChoices":
+        """Read what `tensors` gave."""
+        tensors = load_file(file)
+        return cls(
+            labels=tensors["labels"],
+            costs=tensors["costs"],
+            distinct=tensors["distinct"],
+            delta_squares=tensors["delta_squares"],
+            thresholds=loaded_thresholds(tensors),
+        )
 
 
 @dataclass(frozen=True)
@@ -27,6 +70,8 @@ class ModuleGroups:
     has_fallback: bool  # of an embedding: one more row, read for tokens that an expert does not have
     delta_squares: torch.Tensor  # (N,) float64: squared norm of each expert's deltas
     thresholds: dict[str, torch.Tensor]  # parameter -> (N,) float32, where the method trims and rows are merged
+    predicted_loss: float | None = None  # cost of the groups in the metric that they were chosen by
+    one_row_loss: float | None = None  # the same with one row for each channel
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it as a file holds it."""
@@ -36,7 +81,12 @@ class ModuleGroups:
             "num_distinct": torch.tensor(self.num_distinct),
             "has_fallback": torch.tensor(self.has_fallback),
             "delta_squares": self.delta_squares,
-            **{THRESHOLD_PREFIX + name: values for name, values in self.thresholds.items()},
+            **threshold_tensors(self.thresholds),
+            **{
+                name: torch.tensor(getattr(self, name), dtype=torch.float64)
+                for name in LOSSES
+                if getattr(self, name) is not None
+            },
         }
 
     @classmethod
@@ -49,11 +99,8 @@ class ModuleGroups:
             num_distinct=int(tensors["num_distinct"]),
             has_fallback=bool(tensors["has_fallback"]),
             delta_squares=tensors["delta_squares"],
-            thresholds={
-                name.removeprefix(THRESHOLD_PREFIX): values
-                for name, values in tensors.items()
-                if name.startswith(THRESHOLD_PREFIX)
-            },
+            thresholds=loaded_thresholds(tensors),
+            **{name: tensors[name].item() for name in LOSSES if name in tensors},
         )
 
 
@@ -67,6 +114,9 @@ class GroupedModule:
     num_distinct: int  # rows that differ from each other, over all channels
     delta_squares: torch.Tensor  # (N,) float64: squared norm of each expert's deltas
     rows_by_owners: dict[int, int]  # bit mask of the owners -> rows
+    channels_by_rows: dict[int, int]  # number of rows -> channels that have so many
+    predicted_loss: float | None  # as in `ModuleGroups`, like the next
+    one_row_loss: float | None
     has_fallback: bool  # of an embedding: a last row that is read for tokens that an expert does not have
 
     def owner_counts(self, names: list[str]) -> dict[str, int]:
@@ -112,6 +162,7 @@ class ModuleRows:
 
     def summary(self, file: Path) -> GroupedModule:
         owners, counts = self._row_owners.unique_consecutive(return_counts=True)
+        rows_each = self._row_channel.bincount().bincount().tolist()
         return GroupedModule(
             file=file,
             num_rows=self.num_rows,
@@ -120,7 +171,15 @@ class ModuleRows:
             delta_squares=self.groups.delta_squares,
             has_fallback=self.groups.has_fallback,
             rows_by_owners=dict(zip(owners.tolist(), counts.tolist(), strict=True)),
+            channels_by_rows={rows: count for rows, count in enumerate(rows_each) if rows and count},
+            predicted_loss=self.groups.predicted_loss,
+            one_row_loss=self.groups.one_row_loss,
         )
+
+    def merged_owners(self) -> list[tuple[int, ...]]:
+        """The owners of rows that are merged: sets of experts, ascending."""
+        masks = self._row_owners[~self.groups.copied].unique().tolist()
+        return [members_of(mask) for mask in masks]
 
     def blocks(self, start: int, stop: int) -> Iterator[RowBlock]:
         """The rows of channels `start` to `stop`: each block's rows are consecutive, for the channels ascend."""
@@ -129,9 +188,12 @@ class ModuleRows:
         owners = self._row_owners[rows]
         edges = [0, *(owners.diff().nonzero()[:, 0] + 1).tolist(), len(rows)] if len(rows) else []
         for begin, end in pairwise(edges):
-            mask = int(owners[begin])
-            members = tuple(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
-            yield RowBlock(members, int(rows[begin]), self._row_channel[rows[begin:end]])
+            yield RowBlock(members_of(int(owners[begin])), int(rows[begin]), self._row_channel[rows[begin:end]])
+
+
+def members_of(mask: int) -> tuple[int, ...]:
+    """The experts of a bit mask, ascending."""
+    return tuple(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
 
 
 def all_modules(plan: Plan, grouped: dict[str, GroupedModule]) -> dict[str, GroupedModule]:

@@ -25,6 +25,10 @@ THREAD_BYTES = 96 * 2**20
 CHUNK_COPIES = 6
 # Gram matrix of a channel, that of its similarities and its links, float64.
 GRAM_COPIES = 3
+# Factors of owner sets that are kept at a time, if one alone is not larger.
+FACTOR_BYTES = 128 * 2**20
+# Channels of a chunk in a conversion with a calibration, whatever the memory.
+CALIBRATED_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,51 @@ def plan_memory(plan: Plan, max_memory: int, threads: int, chunk_bytes: int = CH
     """The most threads, up to `threads`, and with them the largest chunk, up to `chunk_bytes`, inside the budget.
 
     Raises:
-        ValueError: the budget is too small for a single row of the widest matrix at a time.
+        ValueError: the budget is too small for the smallest chunk of the widest matrix at a time.
     """
-    fixed = THREAD_BYTES + max(held_bytes(plan, path) for path in own_modules(plan))
+    held = HELD_BYTES + 8 * budgeted_channels(plan)  # and the number of groups of each
+    spending = HELD_BYTES + spending_bytes(plan)  # while no thread works
+    fixed = THREAD_BYTES + max(held_bytes(plan, path) + metric_bytes(plan, path) for path in plan.own_modules)
     factor = CHUNK_COPIES + gram_share(plan)
-    least = max(row_bytes(plan, path) for path in own_modules(plan))
+    least = max(row_bytes(plan, path) for path in plan.own_modules)
+    if plan.recipe.calibration is not None:
+        least = chunk_bytes = least * CALIBRATED_CHANNELS
     for count in range(max(1, min(threads, MAX_THREADS)), 0, -1):
-        room = int(((max_memory - HELD_BYTES) / count - fixed) / factor)
-        if room >= least and (room >= min(chunk_bytes, SMALL_CHUNK_BYTES) or count == 1):
+        room = int(((max_memory - held) / count - fixed) / factor)
+        if room >= least and (room >= min(chunk_bytes, SMALL_CHUNK_BYTES) or count == 1) and spending <= max_memory:
             chunk = min(room, max(chunk_bytes, least))
-            return MemoryPlan(count, chunk, HELD_BYTES + count * int(fixed + factor * chunk), max_memory)
-    needed = HELD_BYTES + fixed + math.ceil(factor * least)
+            peak = max(held + count * int(fixed + factor * chunk), spending)
+            return MemoryPlan(count, chunk, peak, max_memory)
+    needed = max(held + fixed + math.ceil(factor * least), spending)
     raise ValueError(
         f"max_memory is {max_memory / 1e9:.2f} GB, expected at least {needed / 1e9:.2f} GB for "
         f"{plan.num_experts} experts of this size"
     )
 
 
-def own_modules(plan: Plan) -> list[str]:
-    """Paths of the channel modules that store rows of their own."""
-    return [path for path, module in plan.modules.channel.items() if module.tied_to is None]
+def budgeted_channels(plan: Plan) -> int:
+    """Channels that a budget is shared by; none without one."""
+    if plan.budget_parameters is None:
+        return 0
+    return sum(plan.modules.channel[path].out_features for path in plan.own_modules)
+
+
+def spending_bytes(plan: Plan) -> int:
+    """What sharing a budget takes: costs by number of groups, edges with their sort, sizes and bounds."""
+    most = max(plan.row_bounds(path)[1] for path in plan.own_modules)
+    return budgeted_channels(plan) * (4 * 8 * most + 64 * (most - 1) + 64)
+
+
+def metric_bytes(plan: Plan, path: str) -> int:
+    """What a thread holds of a calibration: covariances, and while one is factored its sum, factor and a copy."""
+    module = plan.modules.channel[path]
+    if plan.recipe.calibration is None:
+        return 0
+    weights = 3 * 8 * plan.num_experts * module.out_features
+    if module.kind == "embedding" and path not in {other.tied_to for other in plan.modules.channel.values()}:
+        return weights
+    square = module.in_features**2
+    return weights + square * (4 * plan.num_experts + 3 * 8) + FACTOR_BYTES
 
 
 def row_bytes(plan: Plan, path: str) -> int:
@@ -71,15 +100,18 @@ def row_bytes(plan: Plan, path: str) -> int:
 def gram_share(plan: Plan) -> float:
     """Bytes of Gram matrices per byte of a chunk, where rows are narrowest."""
     gram = GRAM_COPIES * 8 * plan.num_experts**2
-    return max(gram / row_bytes(plan, path) for path in own_modules(plan))
+    return max(gram / row_bytes(plan, path) for path in plan.own_modules)
 
 
 def held_bytes(plan: Plan, path: str) -> int:
     """What a thread holds for the whole of one module: groups, layout and trim thresholds."""
     module = plan.modules.channel[path]
-    rows = module.out_features * min(plan.num_experts, plan.recipe.grouping.num_groups)
+    most = plan.row_bounds(path)[1]
+    rows = module.out_features * most
     groups = module.out_features * plan.num_experts * (2 + 4 + 3 * 8)  # labels, index, owners with their sort
     size = groups + rows * 8 * 8  # channel and owners of each row, before, during and after sorts
+    if plan.budget_parameters is not None:
+        size += module.out_features * (most * (plan.num_experts + 8) + 8 * plan.num_experts)  # labels, costs, squares
     if plan.recipe.method().needs_threshold:
         names = channel_parameters(plan.modules, path)
         size += plan.num_experts * sum(threshold_bytes(math.prod(plan.shapes[name])) for name in names)

@@ -19,8 +19,10 @@ from conversion.io.journal import Journal
 from conversion.io.row_reader import RowReader, check_tensor_finite
 from conversion.io.shard_writer import ShardWriter, TensorSpec
 from conversion.merging.block_reader import Block, BlockReader, gather_rows
+from conversion.merging.channel_costs import ChannelCosts
 from conversion.merging.grouped_module import GroupedModule, ModuleRows, all_modules
 from conversion.merging.plan import Plan
+from conversion.merging.regmean import RegMean
 from conversion.merging.workers import Workers
 
 
@@ -46,6 +48,7 @@ def output_tensors(plan: Plan, grouped: dict[str, GroupedModule]) -> list[Tensor
 
 def write_modules(
     plan: Plan,
+    costs: ChannelCosts | None,
     blocks: BlockReader,
     workers: Workers,
     grouped: dict[str, GroupedModule],
@@ -57,6 +60,9 @@ def write_modules(
 
     Shards are finished one after the other; within one the longest work comes first.
 
+    Args:
+        costs: of the calibration, if there is one.
+
     Returns:
         How far the merged rows are from the experts' own.
     """
@@ -65,7 +71,7 @@ def write_modules(
         if not writer.is_written(name):
             writer.write(name, module.load().channel_index(plan.modules.channel[path].kind))
     errors = DeltaErrors(plan.num_experts)
-    merger = RowMerger(plan, errors, blocks.device)
+    merger = RowMerger(plan, costs, errors, blocks.device)
     files = {path: journal.folder / f"errors-{number:05d}.safetensors" for number, path in enumerate(grouped)}
 
     def write_rows(path: str) -> None:
@@ -100,12 +106,17 @@ def write_merged(
 ) -> None:
     """Merge the rows of one module, and write those of its parameters that are `missing`."""
     merger.start(path)
-    for parameters in blocks.blocks(path):
-        for block in parameters:
-            for start, rows in merger.merged_rows(path, block, module):
-                if block.name in missing:
-                    writer.write(stored_name(path, block.name), rows.cpu(), start)
-        bar.update(sum(block.num_bytes for block in parameters))
+    regmean = merger.regmean(path, module)
+    num_passes = 1 if regmean is None else regmean.num_passes
+    for number in range(num_passes):
+        if regmean is not None:
+            regmean.begin(number)
+        for parameters in blocks.blocks(path):
+            for block in parameters:
+                for start, rows in merger.merged_rows(path, block, module, regmean):
+                    if block.name in missing:
+                        writer.write(stored_name(path, block.name), rows.cpu(), start)
+            bar.update(sum(block.num_bytes for block in parameters) / num_passes)
     if module.groups.has_fallback and f"{path}.weight" in missing:
         row = plan.fallback_row(f"{path}.weight").to(plan.dtype)
         writer.write(stored_name(path, f"{path}.weight"), row, module.num_rows - 1)
@@ -145,7 +156,8 @@ def write_copy(
 class RowMerger:
     """Turns the experts' rows of one chunk into the merged rows, with the recipe's method."""
 
-    def __init__(self, plan: Plan, errors: DeltaErrors, device: torch.device):
+    def __init__(self, plan: Plan, costs: ChannelCosts | None, errors: DeltaErrors, device: torch.device):
+        self._costs = costs
         self._errors = errors
         self._channels = {path: module.out_features for path, module in plan.modules.channel.items()}
         self._method: MergeMethod = plan.recipe.method()
@@ -159,13 +171,20 @@ class RowMerger:
         """Begin with a module: its error counts from zero."""
         self._errors.start(path, self._channels[path])
 
-    def merged_rows(self, path: str, block: Block, module: ModuleRows) -> Iterator[tuple[int, torch.Tensor]]:
+    def regmean(self, path: str, module: ModuleRows) -> RegMean | None:
+        """What merges a module's groups by what was measured of them; None: another method does."""
+        return RegMean(self._costs, path, module) if self._method.name == "regmean" else None
+
+    def merged_rows(
+        self, path: str, block: Block, module: ModuleRows, regmean: RegMean | None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         """The rows of one parameter that belong to a chunk's channels.
 
         Args:
             path: the module that the parameter is in.
             block: the parameter in the chunk, (C, I) or (C,).
             module: the rows of its module.
+            regmean: from the method of that name; its pass decides which rows are due.
 
         Yields:
             The place of the first row, and consecutive rows (rows, I) or (rows,) in the output dtype.
@@ -174,16 +193,22 @@ class RowMerger:
         masks = None
         if self._method.needs_mask:
             masks = RandomMasks(self._seed, self._names, block, self._method.density)
+
+        def merge(members: tuple[int, ...], channels: torch.Tensor) -> torch.Tensor:
+            return self._merge(path, block, members, channels, thresholds, masks, regmean)
+
         for part in module.blocks(block.start, block.stop):
+            if regmean is not None and not regmean.takes(part.members):
+                continue
             channels = (part.channels - block.start).to(block.base.device)
             copied = module.groups.copied[part.start : part.start + len(channels)].to(block.base.device)
             merged = (~copied).nonzero()[:, 0]
             if len(merged) == len(channels):
-                rows = self._merge(path, block, part.members, channels, thresholds, masks)
+                rows = merge(part.members, channels)
             else:
                 rows = block.experts[part.members[0]][channels].to(self._dtype)
                 if len(merged):
-                    rows[merged] = self._merge(path, block, part.members, channels[merged], thresholds, masks)
+                    rows[merged] = merge(part.members, channels[merged])
             yield part.start, rows
 
     def _merge(
@@ -194,21 +219,25 @@ class RowMerger:
         channels: torch.Tensor,
         thresholds: torch.Tensor | None,
         masks: "RandomMasks | None",
+        regmean: RegMean | None,
     ) -> torch.Tensor:
         """Merge the members' rows of some channels of a chunk: (channels, I) or (channels,) in the output dtype."""
-        base = block.base[channels]
+        base = block.base[channels].view(len(channels), -1)
         rows = gather_rows([block.experts[member] for member in members], channels)
         rows = rows.view(len(members), len(channels), -1)
-        merged = merge_rows(
-            base.view(len(channels), -1),
-            rows,
-            self._weights[list(members)],
-            self._method,
-            thresholds=None if thresholds is None else thresholds[list(members)],
-            keep=None if masks is None else masks.rows(members, channels),
-        )
+        if regmean is not None:
+            merged = regmean.merge(block, members, channels, base, rows)
+        else:
+            merged = merge_rows(
+                base,
+                rows,
+                self._weights[list(members)],
+                self._method,
+                thresholds=None if thresholds is None else thresholds[list(members)],
+                keep=None if masks is None else masks.rows(members, channels),
+            )
         self._errors.add(path, members, channels + block.start, rows, merged)
-        stored = merged.view(base.shape).to(self._dtype)
+        stored = merged.view(-1, *block.base.shape[1:]).to(self._dtype)
         # A sum is much faster than a look at every number, and tells enough unless the dtype's range is narrow.
         if (self._dtype == torch.float16 or not merged.sum().isfinite()) and not stored.isfinite().all():
             owners = " and ".join(self._names[member] for member in members)

@@ -9,6 +9,8 @@ import copy
 import logging
 import math
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -76,13 +78,73 @@ class Plan:
         return sum(self._numel(name) for name in names)
 
     @property
+    def budget_parameters(self) -> int | None:
+        """The most parameters that may be stored; None without a budget."""
+        budget = self.recipe.grouping.budget
+        # As it was written: 0.29 of 100 is 29, which a product of floats misses.
+        return None if budget is None else math.floor(Fraction(str(budget)) * self.expert_parameters)
+
+    @property
+    def fixed_parameters(self) -> int:
+        """Stored parameters that are no channels' rows: those kept per expert, an embedding's fallback row."""
+        fallbacks = sum(self.row_size(path) for path in self.own_modules if self.has_fallback(path))
+        return self.num_experts * self.per_expert_parameters + fallbacks
+
+    @property
+    def least_parameters(self) -> int:
+        """The fewest parameters that may be stored, if all rows differ."""
+        return self.fixed_parameters + sum(self.least_rows(path) * self.row_size(path) for path in self.own_modules)
+
+    @property
     def max_bytes(self) -> int:
-        """Upper bound of the output's size: no two experts agree and no row is merged."""
-        groups = min(self.num_experts, self.recipe.grouping.num_groups)
+        """Upper bound of the output's size: no two experts agree, and of a budget nothing is left."""
         channels = sum(module.out_features for module in self.modules.channel.values())
-        merged = self._num_parameters() - self.per_expert_parameters
-        parameters = groups * merged + self.num_experts * self.per_expert_parameters
+        rows = sum(self.most_rows(path) * self.row_size(path) for path in self.own_modules)
+        parameters = rows + self.fixed_parameters
+        if self.budget_parameters is not None:
+            parameters = min(parameters, self.budget_parameters)
         return parameters * self.dtype.itemsize + self.num_experts * channels * 4
+
+    @property
+    def own_modules(self) -> list[str]:
+        """Paths of the channel modules that store rows of their own."""
+        return [path for path, module in self.modules.channel.items() if module.tied_to is None]
+
+    def row_size(self, path: str) -> int:
+        """Parameters of one row of a module, its bias included."""
+        module = self.modules.channel[path]
+        return module.in_features + module.bias
+
+    def has_fallback(self, path: str) -> bool:
+        """Whether a module stores one more row, which is read for tokens that an expert does not have."""
+        return self.modules.channel[path].kind == "embedding" and self.present(path) is not None
+
+    def row_bounds(self, path: str) -> tuple[int, int]:
+        """The least and the most rows of a channel of a module, if so many differ."""
+        grouping = self.recipe.grouping
+        if grouping.budget is None:
+            groups = min(self.num_experts, grouping.num_groups)
+            return groups, groups
+        least, most = 1, self.num_experts
+        for bounds in grouping.bounds or ():
+            if fnmatchcase(path, bounds.modules):
+                least, most = bounds.min_rows, bounds.max_rows or self.num_experts
+        return min(least, self.num_experts), min(most, self.num_experts)
+
+    def least_rows(self, path: str) -> int:
+        """The fewest rows of a module, if all rows differ."""
+        return self._bounded_rows(path, self.row_bounds(path)[0])
+
+    def most_rows(self, path: str) -> int:
+        """The most rows of a module, if all rows differ."""
+        return self._bounded_rows(path, self.row_bounds(path)[1])
+
+    def _bounded_rows(self, path: str, bound: int) -> int:
+        """Rows of a module with `bound` rows a channel, or as many as there are experts that have the channel."""
+        present = self.present(path)
+        if present is None:
+            return bound * self.modules.channel[path].out_features
+        return int(present.sum(0).clamp(max=bound).sum())
 
     @property
     def bytes_to_read(self) -> int:
@@ -193,7 +255,7 @@ def open_readers(recipe: Recipe, checked: Checked) -> Plan:
         experts.append(expert)
         readers.append(by_channels(reader, paths, vocabulary, channels))
     dtype = output_dtype(recipe, [base_reader, *readers])
-    return Plan(
+    plan = Plan(
         recipe=recipe.with_dtype(dtype_text(dtype)),
         base=base,
         experts=tuple(experts),
@@ -206,6 +268,29 @@ def open_readers(recipe: Recipe, checked: Checked) -> Plan:
         vocabulary=vocabulary,
         vocabulary_paths=paths,
     )
+    check_budget(plan)
+    return plan
+
+
+def check_budget(plan: Plan) -> None:
+    """ValueError where the recipe's bounds fit no module or its budget is too small; the least possible is told."""
+    kinds = list(dict.fromkeys(path.rpartition(".")[2] for path in plan.own_modules))
+    for bounds in plan.recipe.grouping.bounds or ():
+        if not any(fnmatchcase(path, bounds.modules) for path in plan.own_modules):
+            raise ValueError(
+                f"grouping.bounds: no module that stores rows has a path like {bounds.modules!r}; "
+                f"their kinds are {', '.join(kinds)}, one of the paths is {plan.own_modules[0]}"
+            )
+    if plan.budget_parameters is None:
+        return
+    least = plan.least_parameters
+    if plan.budget_parameters < least:
+        share = math.ceil(Fraction(least, plan.expert_parameters) * 10**4) / 10**4
+        raise ValueError(
+            f"grouping.budget is {plan.recipe.grouping.budget:g}, expected at least {share:g}: "
+            f"{'the bounds ask for' if plan.recipe.grouping.bounds else 'one row per channel takes'} {least:,} of the "
+            f"experts' {plan.expert_parameters:,} parameters, what is kept per expert included"
+        )
 
 
 def with_vocabulary(base_config: PreTrainedConfig, vocabulary: MergedVocabulary) -> PreTrainedConfig:

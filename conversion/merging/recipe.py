@@ -63,6 +63,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# One row per channel is half of two experts already.
+BUDGET_OF_TWO = 0.75
+
 EXPERT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
@@ -236,19 +239,20 @@ class Recipe(StrictModel):
         if method == "regmean" and self.calibration is None:
             raise ValueError("merge_method 'regmean' needs calibration: {data: ...} or {file: ...}")
         normalize = self.parameters.normalize if self.parameters.normalize is not None else known.get("normalize")
-        if method == "linear" and normalize:
+        # A calibration weighs the experts already when it compares them.
+        if (method == "linear" and normalize) or self.calibration is not None:
+            what = "with a calibration" if self.calibration is not None else "for a normalized linear merge"
             for expert in self.experts:
                 if expert.weight <= 0:
-                    raise ValueError(
-                        f"expert {expert.name!r}: weight must be above 0 for a normalized linear merge, "
-                        f"got {expert.weight}"
-                    )
+                    raise ValueError(f"expert {expert.name!r}: weight must be above 0 {what}, got {expert.weight}")
         return self
 
     def _preset(self) -> dict[str, Any]:
         """The preset as far as it applies: a mean stands for a merge that there are no calibration texts for."""
         preset = PRESETS[self.preset] if self.preset else NO_PRESET
         grouping = preset["grouping"]
+        if "budget" in grouping and len(self.experts) == 2:
+            grouping = {**grouping, "budget": BUDGET_OF_TWO}
         if self.grouping.budget is not None:
             grouping = {"similarity": "l2"}
         elif self.grouping.num_groups is not None:
@@ -277,7 +281,7 @@ class Recipe(StrictModel):
     def method(self) -> MergeMethod:
         """The merge method with its parameters, neutral where it does not read one."""
         recipe = self.resolved()
-        parameters = {"density": 1.0, "lambda": 1.0} | recipe.parameters.given()
+        parameters = {"density": 1.0, "lambda": 1.0, "normalize": True} | recipe.parameters.given()
         return MergeMethod(
             name=recipe.merge_method,
             density=parameters["density"],

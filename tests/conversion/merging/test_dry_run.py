@@ -95,6 +95,36 @@ def test_seven_billion_parameters(tmp_path, no_data, write_recipe, vocabulary, n
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not sparse by themselves")
+def test_a_budget_of_a_7b_model_fits_too(tmp_path, no_data, write_recipe):
+    """Its rows and bytes at most are what the budget pays for; sharing it stays inside 2 GB."""
+    config = LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    model = write_headers(tmp_path / "model", config)
+    plan = plan_conversion(parse_recipe(write_recipe(model, [model] * 4, grouping={"budget": 0.4})), tmp_path / "out")
+    parameters = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096 + 2 * 32_000 * 4096
+    channels = 32 * (5 * 4096 + 2 * 11008) + 2 * 32_000
+    output = plan["output"]
+    assert output["bytes_at_most"] == 2 * int(4 * parameters * 2 // 5) + 4 * 4 * channels
+    assert channels < output["rows_at_most"] < 1.8 * channels
+    assert all(kind["rows_at_most"] <= output["rows_at_most"] for kind in plan["modules"].values())
+    assert plan["modules"]["embedding"]["rows_at_most"] == 4 * 32_000
+    assert plan["memory"]["threads"] == torch.get_num_threads() and plan["memory"]["expected_peak"] <= 2e9
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not sparse by themselves")
+def test_a_calibrated_7b_model_fits_into_24_gb(tmp_path, no_data, write_recipe):
+    """Four experts, two threads: covariances of the widest matrix, and what a factorisation takes."""
+    config = LlamaConfig(vocab_size=32_000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    model = write_headers(tmp_path / "model", config)
+    keys = {"preset": "recommended", "calibration": {"file": "measured.safetensors"}}
+    plan = make_plan(parse_recipe(write_recipe(model, [model] * 4, **keys)))
+    memory = plan_memory(plan, 24 * 10**9, threads=2)
+    least = 4 * 4 * 11008**2 + 3 * 8 * 11008**2
+    assert memory.threads == 2 and 2 * least < memory.expected_peak < 14e9
+    with pytest.raises(ValueError, match=r"expected at least [56]\.\d\d GB for 4 experts"):
+        plan_memory(plan, 2 * 10**9, threads=2)
+
+
 @pytest.mark.parametrize("num_experts", [8, 62])
 def test_the_bound_holds_for_many_experts_too(tmp_path, no_data, write_recipe, num_experts):
     """With more experts there are fewer threads and smaller chunks; not more memory."""

@@ -37,6 +37,16 @@ def test_a_methods_own_defaults_are_mergekits(method):
     assert (resolved.parameters.normalize is True) == (method in ("linear", "ties"))
 
 
+def test_the_recommended_preset_has_a_budget_that_can_be_met():
+    """Half of the experts, but of two that is one row per channel; a mean without calibration texts."""
+    two, texts = recipe(preset="recommended"), {"data": "texts.jsonl"}
+    three = recipe(preset="recommended", calibration=texts, experts=[{"name": n, "model": n} for n in "abc"])
+    assert (two.resolved().grouping.budget, two.resolved().merge_method) == (0.75, "linear")
+    assert (three.resolved().grouping.budget, three.resolved().merge_method) == (0.5, "regmean")
+    assert recipe(preset="recommended", grouping={"budget": 0.6}).resolved().grouping.budget == 0.6
+    assert recipe(preset="recommended", grouping={"num_groups": 2}).resolved().grouping.budget is None
+
+
 def test_keys_override_the_preset_one_by_one():
     resolved = recipe(
         preset="paper-ties", grouping={"num_groups": 3}, parameters={"density": 0.2}, dtype="float16", seed=7

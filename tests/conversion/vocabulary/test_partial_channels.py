@@ -76,3 +76,16 @@ def test_chunks_and_shards_change_nothing(llama, tmp_path):
     whole, chunks = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "chunks"))
     assert whole.keys() == chunks.keys()
     assert all(torch.equal(whole[key], chunks[key]) for key in whole)
+
+
+def test_a_budget_counts_the_tokens_that_experts_have(experts, tmp_path):
+    """And the row that stands for those that they lack: as the files do, against the experts' own parameters."""
+    out = experts.convert(tmp_path / "out", grouping={"budget": 0.5})
+    tensors = load_file(out / "model.safetensors")
+    stored = sum(
+        value.numel()
+        for name, value in tensors.items()
+        if "router." not in name and not name.endswith("channel_index")
+    )
+    own = sum(parameter.numel() for name in experts.folders for parameter in experts.dense(name).parameters())
+    assert 0 <= 0.5 * own - stored < 24  # no row would fit
