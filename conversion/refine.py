@@ -37,6 +37,7 @@ from conversion.hub.model_card import write_card
 from conversion.io.model_files import copy_files, read_config_file
 from conversion.io.sources import check_unchanged, without_folder
 from conversion.io.staged_folder import StagedFolder, check_disk_space, check_not_a_source, check_target
+from conversion.io.wording import one_line
 from conversion.merging.expert_model import load_expert_model
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
@@ -157,7 +158,10 @@ def _refine(
         trainer.add_callback(EarlyStoppingCallback(args.patience))
     prompts = [text.input_ids[: text.answer_start] for text in texts] if model.router.is_trained else []
     routes = route(model, prompts, training_args.per_device_eval_batch_size)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or get_last_checkpoint(folder))
+    try:
+        trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint or get_last_checkpoint(folder))
+    except ImportError as error:  # an optimizer or an integration that is not installed
+        raise ValueError(one_line(error)) from error
 
     round_to_stored(model, {name: tensor.dtype for name, tensor in merged.tensors.items()})
     trainer.evaluate()

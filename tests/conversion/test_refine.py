@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from conversion.router.metrics import evaluate_router
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["e0", "e1", "e2"]
+WITHOUT_TORCHAO = pytest.mark.skipif(find_spec("torchao") is not None, reason="torchao is installed")
 OPTIONS = {
     **{"max_steps": 20, "per_device_train_batch_size": 12, "learning_rate": 2e-2, "top_k": 300},
     **{"disable_tqdm": True, "use_cpu": True, "patience": 9, "eval_steps": 0.25, "save_steps": 0.25},
@@ -355,6 +357,8 @@ def test_two_processes(make_merged, tmp_path):
         ({"eval_share": 1}, "eval_share is 1.0, expected a share"),
         ({"dtype": "int8"}, "dtype is 'int8', expected one of float32"),
         ({"freeze_single_owner_rows": True, "weight_decay": 0.1}, "weight_decay is 0.1, expected 0 with"),
+        ({"variants": -1}, "variants is -1, expected at least 0"),
+        pytest.param({"optim": "adamw_torch_8bit"}, "You need to have `torchao", marks=WITHOUT_TORCHAO),
         ({"train_data": "nowhere.jsonl"}, "there is no file nowhere.jsonl"),
     ],
 )
@@ -373,10 +377,19 @@ def test_a_recipe_without_texts_is_an_error(make_merged, tmp_path):
         refine(tmp_path / "merged", recipe, tmp_path / "out", **OPTIONS)
 
 
-def test_a_recipe_says_where_only_what(make_merged, tmp_path):
-    recipe = make_merged(refine={"output_dir": "elsewhere"})
-    with pytest.raises(ValueError, match="refine.output_dir of the recipe is given where the recipe is used"):
-        refine(tmp_path / "merged", recipe, tmp_path / "out", **OPTIONS)
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"output_dir": "elsewhere"}, "refine.output_dir of the recipe is given where the recipe is used"),
+        ({"learning_rat": 1}, "refine: unknown option 'learning_rat'"),
+        ({"max_steps": "many"}, "invalid int value: 'many'"),
+        ({"max_steps": 2.5}, "invalid int value: '2.5'"),
+    ],
+)
+def test_options_of_a_recipe_are_checked_before_it_is_converted(make_merged, tmp_path, own, message):
+    with pytest.raises(ValueError, match=message):
+        make_merged(refine=own)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_other_experts_are_refused(make_merged, make_experts, write_recipe, tmp_path):
