@@ -117,7 +117,6 @@ def _refine(
         top_k=args.top_k,
         batch_size=training_args.per_device_eval_batch_size,
         variants=args.variants,
-        variant_share=args.variant_share,
         seed=training_args.seed,
         kept=special_tokens(plan),
         ends=tuple(tuple(plan.vocabulary.eos_token_ids(expert)) for expert in range(plan.num_experts)),

@@ -37,11 +37,8 @@ class RefineArguments:
         default=0,
         metadata={
             "metavar": "N",
-            "help": "Also train on so many variants of each text: its prompt with other tokens, its expert's answer.",
+            "help": "Also train on so many variants of each text: its prompt changed, answered by its expert.",
         },
-    )
-    variant_share: float = field(
-        default=0.15, metadata={"metavar": "S", "help": "Share of a prompt's tokens that a variant exchanges."}
     )
     freeze_single_owner_rows: bool = field(
         default=False, metadata={"help": "Rows that only one expert reads stay bit for bit."}
@@ -70,9 +67,8 @@ class RefineArguments:
             raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         if self.variants < 0:
             raise ValueError(f"variants is {self.variants}, expected at least 0")
-        for name in ("eval_share", "variant_share"):
-            if not 0 < (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}, expected a share above 0 and below 1")
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"eval_share is {self.eval_share}, expected a share above 0 and below 1")
 
 
 def option_help() -> list[tuple[str, str]]:

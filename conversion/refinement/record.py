@@ -19,7 +19,6 @@ SHOWN = (
     "max_length",
     "top_k",
     "variants",
-    "variant_share",
     "train_per_expert",
     "freeze_single_owner_rows",
     "patience",

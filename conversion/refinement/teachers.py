@@ -67,7 +67,6 @@ class TeacherSettings:
         top_k: tokens that are kept of each position.
         batch_size: texts that run together.
         variants: of every text that trains; 0: none.
-        variant_share: of the tokens of a prompt that a variant exchanges.
         seed: of the variants.
         kept: tokens that no variant exchanges.
         ends: tokens that end the answers of each expert.
@@ -76,7 +75,6 @@ class TeacherSettings:
     top_k: int
     batch_size: int
     variants: int = 0
-    variant_share: float = 0.0
     seed: int = 0
     kept: frozenset[int] = frozenset()
     ends: tuple[tuple[int, ...], ...] = ()
@@ -169,7 +167,7 @@ class _Teacher:
 
     def variants(self, texts: Sequence[CalibrationText]) -> list[CalibrationText]:
         settings, ends = self._settings, self._settings.ends[self._expert]
-        prompts = vary_prompts(texts, settings.variants, settings.variant_share, settings.kept, settings.seed)
+        prompts = vary_prompts(texts, settings.variants, settings.kept, settings.seed)
         longest = max(len(text.input_ids) - text.answer_start for text in texts)
         return answer_prompts(self._model, self._expert, prompts, ends, longest, settings.batch_size)
 
