@@ -92,6 +92,44 @@ def convert(
 
 
 @app.command()
+def calibrate(
+    recipe: Annotated[Path, typer.Argument(help="Recipe with the experts and calibration: {data: ...}.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT-FILE", help="File of what is measured, calibration.safetensors.")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a calibration file that is there.")] = False,
+    max_memory: Annotated[str, typer.Option(help="Memory to use beside one expert's weights.")] = "6GB",
+    device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, ...")] = "cpu",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check, and print the plan: texts, passes, memory, disk.")
+    ] = False,
+    progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
+):
+    """Measure what every expert's channels do on its own texts, for conversions with calibration: {file: ...}.
+
+    A run that was stopped goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      channel-merge calibrate recipe.yaml calibration.safetensors
+      channel-merge calibrate recipe.yaml calibration.safetensors --dry-run
+      channel-merge calibrate recipe.yaml calibration.safetensors --device cuda --max-memory 9GB
+    """
+    if dry_run:
+        from rich.console import Console
+
+        from conversion.calibrate import plan_lines, plan_only
+
+        plan = plan_only(recipe, out, overwrite=overwrite, max_memory=max_memory, device=device)
+        Console().print(*plan_lines(plan), sep="\n", soft_wrap=True)
+        return
+    from conversion.calibrate import calibrate as run
+
+    measured = run(recipe, out, overwrite=overwrite, max_memory=max_memory, device=device, progress=progress)
+    typer.echo(f"{out}: {sum(measured.texts.values()):,} texts, {sum(measured.tokens.values()):,} tokens")
+
+
+@app.command()
 def inspect(
     checkpoint: Checkpoint,
     plot: Annotated[Path | None, typer.Option(metavar="F.png", help="Also draw where experts share rows.")] = None,

@@ -13,7 +13,6 @@ Shapes: N experts, C channels of one chunk, O channels, I inputs, R rows, M memb
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import modeling_channel_merged
 from conversion.hub.conversion_report import add_relative_errors, conversion_report, package_versions
 from conversion.hub.model_folder import write_hub_files
+from conversion.io.code_hash import code_hash
 from conversion.io.options import find_device, parse_size
 from conversion.io.shard_writer import ShardWriter
 from conversion.io.sources import check_unchanged
@@ -140,15 +139,11 @@ def convert(
 
 def conversion_fingerprint(plan: Plan, **choices: Any) -> dict[str, Any]:
     """Everything that the bytes of a conversion depend on: recipe, input files, versions, this code."""
-    code = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(modeling_channel_merged.__file__).parent):
-        for file in sorted(folder.rglob("*.py")):
-            code.update(file.read_bytes())
     values = {
         "recipe": plan.recipe.record(),
         "inputs": {source.name: source.files for source in (plan.base, *plan.experts)},
         "versions": package_versions(),
-        "code": code.hexdigest(),
+        "code": code_hash(),
         **choices,
     }
     return json.loads(json.dumps(values))

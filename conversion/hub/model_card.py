@@ -240,18 +240,17 @@ These experts came after the conversion of this recipe; all others are bit for b
 def _budget_note(report: Mapping[str, Any]) -> str:
     """What the budget bought, and which texts decided it; nothing where there was neither."""
     budget, texts = report["recipe"].get("grouping", {}).get("budget"), report.get("calibration_texts")
+    weighed = [module for module in report["modules"].values() if "predicted_loss" in module]
     sentences = []
-    if budget is not None:
-        modules = [module for module in report["modules"].values() if "predicted_loss" in module]
-        channels = sum(module["channels"] for module in modules)
-        rows = sum(module["rows"] for module in modules) / channels
+    if budget is not None and weighed:
+        rows = sum(module["rows"] for module in weighed) / sum(module["channels"] for module in weighed)
         sentences.append(
             f"Rows went to the channels where they pay off most, within {budget:.1%} of the experts' parameters: "
             f"a channel has {rows:.2f} on average."
         )
-        predicted, one_row = (sum(module[name] for module in modules) for name in ("predicted_loss", "one_row_loss"))
-        if one_row:
-            sentences.append(f"The predicted loss is {predicted / one_row:.1%} of that of one row per channel.")
+    predicted, one_row = (sum(module[name] for module in weighed) for name in ("predicted_loss", "one_row_loss"))
+    if one_row:
+        sentences.append(f"The predicted loss is {predicted / one_row:.1%} of that of one row per channel.")
     if texts:
         counts = ", ".join(f"{count:,} of `{name}`" for name, count in texts.items())
         sentences.append(f"What the channels do was measured on calibration texts: {counts}.")

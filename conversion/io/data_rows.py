@@ -14,6 +14,7 @@ from conversion.io.sources import without_folder
 
 JSON_SUFFIXES = (".json", ".jsonl")
 FILE_FORMATS = {".parquet": "parquet", ".csv": "csv"}
+DATA_SUFFIXES = (*JSON_SUFFIXES, *FILE_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def read_data(data: str) -> DataRows:
         ValueError: it cannot be read, or has no rows.
     """
     suffix = Path(data).suffix
-    if suffix in (*JSON_SUFFIXES, *FILE_FORMATS) and not Path(data).is_file():
+    if suffix in DATA_SUFFIXES and not Path(data).is_file():
         raise FileNotFoundError(f"there is no file {data}")
     if suffix in JSON_SUFFIXES:
         rows, name = [row for _, row in read_json_lines(Path(data))], Path(data).stem

@@ -19,7 +19,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,9 @@ class StagedFolder:
         resume: bool = True,
         how_to_resume: str = "the same command goes on from there",
     ):
-        check_target(target, overwrite)
-        self.target = target.resolve()
         self.overwrite = overwrite
+        self.check(target)
+        self.target = target.resolve()
         self.path = _hidden(self.target, self.target.parent, "partial")
         self.journal: Journal | None = None
         self._fingerprint = fingerprint
@@ -86,7 +86,7 @@ class StagedFolder:
                 stack.enter_context(_lock(self.target, self.target.parent))
             stack.enter_context(_lock(self.target, home))
             self._finish_publishing()
-            check_target(self.target, self.overwrite)
+            self.check(self.target)
             self.path = _hidden(self.target, home, "partial")
             self._look_at_leftovers()
             self.path.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ class StagedFolder:
         Args:
             config: text of config.json, without which nothing loads: written last. None: it is there already.
         """
-        check_target(self.target, self.overwrite)
+        self.check(self.target)
         if config is not None:
             (self.path / CONFIG_FILE).write_text(config, encoding="utf-8")
         files = [file for file in _files(self.path) if file.parts[0] != JOURNAL_FOLDER]
@@ -130,6 +130,14 @@ class StagedFolder:
             self._move_in()
         else:
             self._rename()
+        self._remove_others()
+
+    def check(self, target: Path) -> None:
+        """ValueError where what is at the target must stay."""
+        check_target(target, self.overwrite)
+
+    def _remove_others(self) -> None:
+        """Remove what other runs had finished for this target."""
         for path in self._others:
             logger.info("%s is there: removing what another run had finished, %s", self.target, path)
             shutil.rmtree(path, ignore_errors=True)
@@ -199,6 +207,45 @@ class StagedFolder:
                     _disk_bytes(path) / 1e9,
                     path,
                 )
+
+
+class StagedFile(StagedFolder):
+    """A file that appears under its name only when it is complete, made in a hidden folder beside it.
+
+    Args:
+        target: the file to make; it must be absent, or one that was made here if `overwrite`.
+        is_ours: whether a file was made here; only such a file is replaced.
+        others: as `StagedFolder` takes them.
+    """
+
+    def __init__(self, target: Path, is_ours: Callable[[Path], bool], overwrite: bool = False, **others: Any):
+        self._is_ours = is_ours
+        super().__init__(target, overwrite, **others)
+
+    def check(self, target: Path) -> None:
+        check_target_file(target, self._is_ours, self.overwrite)
+
+    def publish(self, file: Path) -> None:
+        """Flush the finished file, which lies in `path`, and give it its name."""
+        self.check(self.target)
+        _sync(file)
+        os.replace(file, self.target)
+        self._complete = True
+        _sync(self.target.parent)
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._remove_others()
+
+
+def check_target_file(target: Path, is_ours: Callable[[Path], bool], overwrite: bool = False) -> None:
+    """ValueError unless a file may be written to `target`: absent, or made here and to be replaced."""
+    if target.is_dir():
+        raise ValueError(f"the output {target} is a folder, expected the name of a file")
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise ValueError(f"the output {target} is there already: choose another name, or replace it with --overwrite")
+    if not is_ours(target):
+        raise ValueError(f"the output {target} is something else than this command writes, it is not overwritten")
 
 
 def check_target(target: Path, overwrite: bool = False) -> None:

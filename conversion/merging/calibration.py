@@ -41,7 +41,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conversion.channels.packed_symmetric import SquareSum
+from conversion.io.data_rows import DATA_SUFFIXES
 from conversion.io.journal import Journal
+from conversion.io.options import format_bytes
 from conversion.io.sources import without_folder
 from conversion.merging.calibration_file import (
     Calibration,
@@ -54,9 +56,10 @@ from conversion.merging.calibration_file import (
 from conversion.merging.calibration_memory import BATCH_TOKENS, CalibrationMemory, run_dtype
 from conversion.merging.expert_model import load_expert_model
 from conversion.merging.plan import Plan
+from conversion.merging.recipe import Recipe
 from conversion.merging.shared_inputs import on_inputs
 from conversion.merging.workers import InTurn, Workers
-from conversion.vocabulary.calibration_texts import CalibrationText
+from conversion.vocabulary.calibration_texts import MAX_LENGTH, CalibrationText, read_calibration_texts
 
 SQUARE_ROWS = 64  # tokens whose gradients are squared at a time
 
@@ -75,10 +78,34 @@ class _Enough(Exception):
     """A forward pass has come to the last module that was asked for."""
 
 
+def read_texts(plan: Plan) -> list[CalibrationText]:
+    """The calibration texts of the plan's recipe; a relative path is looked up in the recipe's folder.
+
+    Raises:
+        ValueError: there are none, or they do not fit the experts; see `read_calibration_texts`.
+    """
+    data = plan.recipe.calibration.data if plan.recipe.calibration else None
+    if data is None:
+        raise ValueError("the recipe has no calibration texts: add calibration: {data: texts.jsonl}")
+    longest = getattr(plan.text_config, "max_position_embeddings", None) or MAX_LENGTH
+    return read_calibration_texts(local_path(data, plan.recipe), plan.vocabulary, max_length=min(longest, MAX_LENGTH))
+
+
+def local_path(data: str, recipe: Recipe) -> str:
+    """A file as it is named in a recipe, by the recipe's folder; what is no file, a Hub dataset, as it stands."""
+    path = Path(data).expanduser()
+    named = path if path.is_absolute() else recipe.folder / path
+    return str(named) if named.is_file() or path.suffix in DATA_SUFFIXES else data
+
+
+def longest_text(texts: list[CalibrationText]) -> int:
+    """Tokens of the longest one."""
+    return max(len(text.input_ids) for text in texts)
+
+
 def measure_calibration(
     plan: Plan,
     texts: list[CalibrationText],
-    data: str,
     memory: CalibrationMemory,
     journal: Journal,
     *,
@@ -89,7 +116,6 @@ def measure_calibration(
 
     Args:
         texts: of every expert, in ids of the merged vocabulary.
-        data: where they are from, for the record.
         memory: how the work is split, which changes no result.
         journal: of a run whose fingerprint has the plan and the texts. The parts lie in its folder and are read there.
         device: where the models run.
@@ -111,20 +137,27 @@ def measure_calibration(
                 path: journal.folder / f"{prefix}-{place:05}.safetensors" for place, path in enumerate(sources)
             }
             files += [gradients, *covariances.values()]
-            if not journal.finished(gradients.stem):
-                squares = expert.gradient_squares()
-                save_file({gradients_name(name, path): values for path, values in squares.items()}, gradients)
-                journal.record(gradients.stem, gradients)
-            groups = memory.groups([path for path in sources if not journal.finished(covariances[path].stem)])
-            for place, group in enumerate(groups, start=1):
-                for path, packed in expert.covariances(group, f"covariances, part {place} of {len(groups)}"):
-                    save_file({covariance_name(name, path): packed}, covariances[path])
-                    journal.record(covariances[path].stem, covariances[path])
+            try:
+                if not journal.finished(gradients.stem):
+                    squares = expert.gradient_squares()
+                    save_file({gradients_name(name, path): values for path, values in squares.items()}, gradients)
+                    journal.record(gradients.stem, gradients)
+                groups = memory.groups([path for path in sources if not journal.finished(covariances[path].stem)])
+                for place, group in enumerate(groups, start=1):
+                    for path, packed in expert.covariances(group, f"covariances, part {place} of {len(groups)}"):
+                        save_file({covariance_name(name, path): packed}, covariances[path])
+                        journal.record(covariances[path].stem, covariances[path])
+            except torch.OutOfMemoryError:
+                needed = format_bytes(memory.expected_peak)
+                raise ValueError(
+                    f"{device} has too little memory free to measure expert {name!r}, which may take {needed}: "
+                    "give a smaller max_memory"
+                ) from None
             bar.update(sum(map(len, batches[: number + 1])) * steps - bar.n)
-    return Calibration("the calibration", record(plan, texts, data, memory.inputs), parts_of(files), plan)
+    return Calibration("the calibration", record(plan, texts, memory.inputs), parts_of(files), plan)
 
 
-def record(plan: Plan, texts: list[CalibrationText], data: str, inputs: dict[str, str]) -> Measured:
+def record(plan: Plan, texts: list[CalibrationText], inputs: dict[str, str]) -> Measured:
     """Whose calibration it is, and of what."""
     names = plan.expert_names
     counts = Counter(names[text.expert] for text in texts)
@@ -132,7 +165,8 @@ def record(plan: Plan, texts: list[CalibrationText], data: str, inputs: dict[str
     for text in texts:
         tokens[names[text.expert]] += len(text.input_ids)
     experts = {name: expert_record(plan, number) for number, name in enumerate(names)}
-    return Measured(experts, dict(counts), dict(tokens), inputs, without_folder(data), texts_hash(texts))
+    data = without_folder(local_path(plan.recipe.calibration.data, plan.recipe))
+    return Measured(experts, dict(counts), dict(tokens), inputs, data, texts_hash(texts))
 
 
 def texts_hash(texts: list[CalibrationText]) -> str:

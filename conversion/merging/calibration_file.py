@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from conversion.channels.packed_symmetric import packed_size, unpack_symmetric
 from conversion.io.foreign_files import foreign, parse_json
@@ -191,6 +191,15 @@ def read_measured(file: Path) -> Measured:
         if not isinstance(values.get(field.name), str if field.type is str else dict):
             raise ValueError(f"{file}: its metadata have no {field.name}, calibrate again")
     return Measured(**{field.name: values[field.name] for field in fields(Measured)})
+
+
+def is_calibration(file: Path) -> bool:
+    """Whether a file is a calibration, of whatever experts and version."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return METADATA_KEY in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def parts_of(files: Iterable[Path]) -> dict[str, StoredTensor]:

@@ -32,6 +32,7 @@ class CalibrationMemory:
     sum_bytes: dict[str, int]  # of those first ones -> bytes of the sum of x x^T
     threads: int
     weight_bytes: int  # of the largest expert's model
+    reading_bytes: int  # beside them, while they are read
     activation_bytes: int  # of one batch, at most
     covariance_bytes: int  # of the sums at a time, at most
     written_bytes: int  # of the mean that is being written
@@ -46,8 +47,8 @@ class CalibrationMemory:
     @property
     def expected_peak(self) -> int:
         """Bytes above the interpreter's own, at most."""
-        sums = self.covariance_bytes + self.written_bytes
-        return HELD_BYTES + self.weight_bytes + self.threads * self.activation_bytes + sums
+        measuring = self.threads * self.activation_bytes + self.covariance_bytes + self.written_bytes
+        return HELD_BYTES + self.weight_bytes + max(self.reading_bytes, measuring)
 
     def groups(self, paths: list[str]) -> list[list[str]]:
         """Modules whose sums are in memory together, in the order given."""
@@ -87,12 +88,15 @@ def plan_calibration(plan: Plan, max_memory: int, threads: int, longest: int) ->
         )
     most = min(max_memory // 2, max_memory - least) // activations
     count = max(1, min(threads, MAX_THREADS, most))
+    heads = {f"{path}.weight" for path, module in modules.items() if module.tied_to}
+    sizes = [math.prod(shape) for name, shape in plan.shapes.items() if name not in heads]
     gradients = 8 * sum(module.out_features for module in modules.values())
     return CalibrationMemory(
         inputs=inputs,
         sum_bytes=sum_bytes,
         threads=count,
-        weight_bytes=max(weight_bytes(plan, dtype) for dtype in set(dtypes)),
+        weight_bytes=sum(sizes) * max(dtype.itemsize for dtype in dtypes),
+        reading_bytes=2 * 4 * max(sizes),  # as stored, or in float32 with what an adapter adds
         activation_bytes=activations,
         covariance_bytes=min(sum(sum_bytes.values()), max_memory - count * activations - written),
         written_bytes=written,
@@ -106,13 +110,6 @@ def run_dtype(plan: Plan, number: int) -> torch.dtype:
     dtypes = {tensor.dtype for tensor in plan.readers[number].tensors.values()}
     widest = max(dtypes, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16))
     return torch.bfloat16 if widest == torch.float16 else widest
-
-
-def weight_bytes(plan: Plan, dtype: torch.dtype) -> int:
-    """A model's parameters, and the largest of them once more as it is read, and in float32 if an adapter is on it."""
-    heads = {f"{path}.weight" for path, module in plan.modules.channel.items() if module.tied_to}
-    sizes = [math.prod(shape) for name, shape in plan.shapes.items() if name not in heads]
-    return sum(sizes) * dtype.itemsize + max(sizes) * (4 + dtype.itemsize)
 
 
 def activation_bytes(plan: Plan, dtype: torch.dtype, longest: int) -> int:

@@ -38,7 +38,6 @@ class CalibrationData:
     """Texts to measure the plan's experts on."""
 
     plan: Plan
-    data: str
     rows: list[Any]  # `CalibrationText`
     memory: CalibrationMemory
     identity: Any
@@ -62,9 +61,7 @@ class CalibrationData:
         """
         from conversion.merging.calibration import measure_calibration
 
-        return measure_calibration(
-            self.plan, self.rows, self.data, self.memory, journal, device=device, progress=progress
-        )
+        return measure_calibration(self.plan, self.rows, self.memory, journal, device=device, progress=progress)
 
 
 def find_calibration(plan: Plan, max_memory: int, threads: int) -> CalibrationFile | CalibrationData | None:
@@ -82,15 +79,12 @@ def find_calibration(plan: Plan, max_memory: int, threads: int) -> CalibrationFi
     if given is None:
         return None
     if given.file is not None:
-        file = plan.recipe.folder / given.file
+        file = plan.recipe.folder / Path(given.file).expanduser()
         return CalibrationFile(read_calibration(file, plan), identity(file, True))
     # Here, for its library of data sets is slow to load and of no use to other conversions.
-    from conversion.merging.calibration import texts_hash
-    from conversion.vocabulary.calibration_texts import MAX_LENGTH, read_calibration_texts
+    from conversion.merging.calibration import longest_text, read_texts, texts_hash
 
-    beside = plan.recipe.folder / given.data
-    data = str(beside) if beside.is_file() else given.data
-    positions = getattr(plan.text_config, "max_position_embeddings", None)
-    rows = read_calibration_texts(data, plan.vocabulary, max_length=min(MAX_LENGTH, positions or MAX_LENGTH))
-    memory = plan_calibration(plan, max_memory, threads, max(len(text.input_ids) for text in rows))
-    return CalibrationData(plan, Path(data).name if beside.is_file() else data, rows, memory, texts_hash(rows))
+    rows = read_texts(plan)
+    return CalibrationData(
+        plan, rows, plan_calibration(plan, max_memory, threads, longest_text(rows)), texts_hash(rows)
+    )

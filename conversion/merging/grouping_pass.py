@@ -12,7 +12,13 @@ import torch
 from tqdm import tqdm
 
 from conversion.channels.budget import allocate_rows
-from conversion.channels.grouping import equal_rows, gram_matrices, group_by_number, group_channels
+from conversion.channels.grouping import (
+    equal_rows,
+    gram_matrices,
+    group_by_number,
+    group_channels,
+    partition_costs,
+)
 from conversion.channels.magnitude_threshold import MagnitudeThreshold
 from conversion.channels.row_layout import RowLayout, layout_present, layout_rows
 from conversion.checkpoints.architecture import channel_parameters
@@ -20,7 +26,7 @@ from conversion.io.journal import Journal
 from conversion.io.row_reader import check_tensor_finite, check_tied_head
 from conversion.merging.block_reader import Block, BlockReader
 from conversion.merging.channel_costs import ChannelCosts, MeanMetric
-from conversion.merging.grouped_module import GroupedModule, ModuleChoices, ModuleGroups, ModuleRows
+from conversion.merging.grouped_module import LOSSES, GroupedModule, ModuleChoices, ModuleGroups, ModuleRows
 from conversion.merging.plan import Plan
 from conversion.merging.workers import Workers
 
@@ -97,7 +103,7 @@ def group_module(plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, pa
     """Decide the groups of every channel of one module from the Gram matrices of its deltas."""
     grouping = plan.recipe.grouping
     trims = new_trims(plan, channel_parameters(plan.modules, path))
-    labels, distinct, squares = [], [], []
+    labels, distinct, squares, losses = [], [], [], []
     for chunk in compared_chunks(plan, costs, blocks, path, trims, bar):
         groups = group_channels(
             chunk.gram,
@@ -109,6 +115,9 @@ def group_module(plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, pa
         squares.append(chunk.squares)
         distinct.append(chunk.distinct.to("cpu", torch.int8))
         labels.append(groups.to("cpu", torch.int8))
+        if costs is not None:
+            both = [partition_costs(chunk.gram, part, weights=chunk.weights) for part in (groups, 0 * groups)]
+            losses.append(torch.stack(both).sum(1).cpu())
     distinct, present = torch.cat(distinct, dim=1), plan.present(path)
     layout, copied = lay_out(torch.cat(labels, dim=1), distinct, present)
     return ModuleGroups(
@@ -118,6 +127,7 @@ def group_module(plan: Plan, costs: ChannelCosts | None, blocks: BlockReader, pa
         has_fallback=plan.has_fallback(path),
         delta_squares=sum_present(torch.cat(squares, dim=1), present),
         thresholds={} if copied.all() else find_thresholds(blocks, path, trims),
+        **(dict(zip(LOSSES, sum(losses).tolist(), strict=True)) if losses else {}),
     )
 
 

@@ -121,7 +121,10 @@ def test_every_stored_row_is_the_minimiser_of_its_group(
     expert_weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
     for expert, weight in zip(data["experts"], expert_weights.tolist()):
         expert["weight"] = weight
-    convert(parse_recipe(data), tmp_path / "out", progress=False)
+    report = convert(parse_recipe(data), tmp_path / "out", progress=False).report
+    for module in report["modules"].values():
+        assert 0 < module["predicted_loss"] <= module["one_row_loss"]
+        assert (module["predicted_loss"] == module["one_row_loss"]) == (module["channels_by_rows"].keys() == {"1"})
     tensors, own = load_tensors(tmp_path / "out"), [AutoModelForCausalLM.from_pretrained(path) for path in experts]
     merged_somewhere = 0
     for path, module in calibration.modules.items():

@@ -449,8 +449,7 @@ def test_a_run_of_other_code_starts_anew(recipe, tmp_path, monkeypatch):
     for package in (conversion, modeling_channel_merged):
         folder = Path(package.__file__).parent
         copy = shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
-        module = convert_module if package is conversion else package
-        monkeypatch.setattr(module, "__file__", str(copy / Path(module.__file__).name))
+        monkeypatch.setattr(package, "__file__", str(copy / "__init__.py"))
     assert conversion_fingerprint(plan) == expected
     rooms = {file.parent for file in tmp_path.rglob("*.py")}
     assert {room.name for room in rooms} >= {"conversion", "channels", "merging", "io", "modeling_channel_merged"}

@@ -8,7 +8,9 @@ import torch
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer
 
+from conversion.calibrate import calibrate
 from conversion.checkpoints.merged_checkpoint import read_merged_config
+from conversion.merging.calibration_file import read_calibration
 from conversion.merging.plan import make_plan
 from conversion.vocabulary.calibration_texts import CalibrationText, read_calibration_texts
 from conversion.vocabulary.expert_tokenizer import ExpertTokenizer
@@ -195,3 +197,26 @@ def test_half_a_surrogate_pair_is_replaced(read):
     rows = [*ROWS, {"prompt": "a", "completion": "b", "expert": "math"}]
     broken = [*ROWS, {**rows[-1], "completion": "b\ud800"}]
     assert len(read(broken)[-1].input_ids) > len(read(rows)[-1].input_ids)
+
+
+def test_experts_of_a_union_are_measured(llama, tmp_path):
+    """Nothing flows to the tokens that an expert does not have; its own head's inputs and outputs are all measured."""
+    file = tmp_path / "texts.jsonl"
+    rows = [{**row, "prompt": f"{number} + 3?"} for number in range(17) for row in ROWS]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = llama.recipe("math", "chat", "code", tokenizer_source="union", calibration={"data": str(file)})
+    calibrate(recipe, tmp_path / "out", progress=False)
+    plan = make_plan(recipe)
+    calibration = read_calibration(tmp_path / "out", plan)
+    squares, present = calibration.gradient_squares("lm_head"), plan.vocabulary.present
+    assert not present.all() and (squares[present] > 0).all() and not squares[~present].any()
+    assert calibration.covariance("lm_head").isfinite().all()
+    read = calibration.gradient_squares("model.embed_tokens")
+    for number, name in enumerate(plan.expert_names):
+        seen = {
+            token
+            for text in read_calibration_texts(str(file), plan.vocabulary)
+            if text.expert == number
+            for token in text.input_ids[:-1]
+        }
+        assert set(read[number].nonzero()[:, 0].tolist()) == seen, name
