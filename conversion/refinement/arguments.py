@@ -37,7 +37,7 @@ class RefineArguments:
         default=0,
         metadata={
             "metavar": "N",
-            "help": "Also train on so many variants of each text: its prompt changed, answered by its expert.",
+            "help": "Half of what trains is so many variants of each text: its prompt changed, its expert's answer.",
         },
     )
     freeze_single_owner_rows: bool = field(

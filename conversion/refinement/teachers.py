@@ -126,13 +126,16 @@ def run_teachers(
 def all_texts(
     train: Sequence[CalibrationText], held_out: Sequence[CalibrationText], folder: Path, num_variants: int
 ) -> tuple[list[CalibrationText], list[int], list[int]]:
-    """The texts that the teachers ran on, and the numbers among them of those that train and those held out."""
+    """The texts that the teachers ran on, and the numbers among them of those that train and those held out.
+
+    Beside N variants of each, a text itself is there N times: half of what trains is as somebody wrote it.
+    """
     texts = [*train, *held_out]
     if num_variants:
         for expert in sorted({text.expert for text in texts}):
             texts += read_variants(folder, expert)
     first, last = len(train), len(train) + len(held_out)
-    return texts, [*range(first), *range(last, len(texts))], [*range(first, last)]
+    return texts, [*range(first)] * max(1, num_variants) + [*range(last, len(texts))], [*range(first, last)]
 
 
 def variants_file(expert: int) -> str:

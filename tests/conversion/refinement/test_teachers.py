@@ -101,15 +101,16 @@ def test_logits_that_are_not_finite_are_an_error(texts, models, tmp_path):
 
 
 def test_variants_are_answered_by_their_expert_and_trained_on(texts, models, tmp_path):
-    """Three for each text that trains; each is what its expert would say next, until its answer ends."""
+    """Three for each text that trains, which is there as often; each is what its expert would say next."""
     keys = {"variants": 3, "kept": frozenset({0}), "ends": ((7, 9), (11,), ())}
     journal, called = label(texts, models, tmp_path / "run", **keys)
     assert called == [0, 1, 2]
     train, held_out = texts[:-5], texts[-5:]
     everything, trained_on, evaluated_on = all_texts(train, held_out, journal.folder, 3)
     assert [everything[number] for number in evaluated_on] == held_out
-    variants = [everything[number] for number in trained_on[len(train) :]]
-    assert [everything[number] for number in trained_on[: len(train)]] == train and len(variants) == 3 * len(train)
+    variants = [everything[number] for number in trained_on[3 * len(train) :]]
+    assert [everything[number] for number in trained_on[: 3 * len(train)]] == 3 * train
+    assert len(variants) == 3 * len(train)
     files = TeacherFiles(journal.folder, everything)
     for number in trained_on:
         text, ends = everything[number], keys["ends"][everything[number].expert]
