@@ -338,6 +338,43 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
         Console().print(*evaluation_tables(metrics), sep="\n")
 
 
+class RefineCommand(TyperCommand):
+    """Shows the options that are parsed together with those of `transformers.TrainingArguments`."""
+
+    def format_options(self, ctx, formatter):
+        from conversion.refinement.arguments import option_help
+
+        super().format_options(ctx, formatter)
+        with formatter.section("Training options"):
+            formatter.write_dl(option_help())
+
+
+@app.command(
+    "refine",
+    cls=RefineCommand,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def refine(context: typer.Context, checkpoint: Checkpoint):
+    """Train the stored rows of a merged checkpoint to say what its experts say; save the complete checkpoint again.
+
+    A run that was stopped goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      channel-merge refine merged --recipe recipe.yaml --output-dir refined
+      channel-merge refine merged --recipe recipe.yaml --output-dir refined --max-steps 600 --learning-rate 5e-4
+    """
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from conversion.refine import main
+    from conversion.refinement.record import refinement_table
+
+    record = main(["--checkpoint", checkpoint, *context.args])
+    if PartialState().is_main_process:
+        Console().print(*refinement_table(record), sep="\n")
+
+
 def is_expected(error: Exception) -> bool:
     """Whether the user or the network is at fault: huggingface_hub lets its HTTP client's errors through."""
     return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("httpx")

@@ -39,6 +39,7 @@ from conversion.merging.merging_pass import output_tensors, write_modules
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.merging.workers import Workers
+from conversion.refinement.training_arguments import check_recipe_options
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def convert(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    check_recipe_options(recipe)
     out = Path(out)
     shard_bytes = parse_size(max_shard_size)
     plan = make_plan(recipe, out, overwrite=overwrite)

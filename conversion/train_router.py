@@ -33,8 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, set_seed
 
 from conversion.checkpoints.merged_checkpoint import whole_checkpoint
 from conversion.hub.model_card import write_card
@@ -57,24 +56,12 @@ from conversion.router.evaluation_report import METRICS_FILE, PLOT_FILE, card_se
 from conversion.router.features import RouterOnFeatures, cache_features
 from conversion.router.metrics import evaluate_router, router_metrics, useful_temperature
 from conversion.router.training_arguments import RouterTrainingArguments, parse_arguments
+from conversion.training.trainer_checkpoints import FinishedCheckpoints, find_resumed, log_parameters
 from conversion.vocabulary.prompts import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 EVAL_SHARE = 0.1
-
-
-class FinishedCheckpoints(TrainerCallback):
-    """Writes into the journal of a staged folder which of the Trainer's checkpoints are whole."""
-
-    def __init__(self, staged: StagedFolder):
-        self._staged = staged
-
-    def on_save(self, args, state, control, **kwargs):
-        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        for file in sorted((self._staged.path / name).rglob("*")):
-            if file.is_file():
-                self._staged.journal.record(str(file.relative_to(self._staged.path)), file)
 
 
 def check_output(out: Path, checkpoint: Path, overwrite: bool) -> None:
@@ -90,27 +77,6 @@ def training_fingerprint(source: Source, *queries: list[Query]) -> dict[str, Any
         digest.update(json.dumps(query, sort_keys=True).encode())
     values = {"command": "train-router", "checkpoint": source.files, "queries": digest.hexdigest()}
     return json.loads(json.dumps(values))
-
-
-def find_resumed(resume: bool | str | None, folders: tuple[Path, ...]) -> str | None:
-    """The Trainer's checkpoint to go on from: the named one, or for True the last one of the first folder with any."""
-    if resume is not True:
-        return resume or None
-    last = next(filter(None, (get_last_checkpoint(folder) for folder in folders if folder.is_dir())), None)
-    if last is None:
-        raise ValueError(
-            f"there is no {PREFIX_CHECKPOINT_DIR}-* of the same training to go on from in {folders[-1]} or beside it: "
-            "leave --resume-from-checkpoint out, or name one"
-        )
-    return last
-
-
-def log_parameters(model: PreTrainedModel) -> None:
-    """Say how many parameters train and how many are frozen."""
-    counts = {True: 0, False: 0}
-    for parameter in model.parameters():
-        counts[parameter.requires_grad] += parameter.numel()
-    logger.info("%d parameters train, %d are frozen", counts[True], counts[False])
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "merging": ("channels", "io", "vocabulary", "checkpoints"),
     "hub": ("channels", "io", "vocabulary", "checkpoints", "merging"),
     "addition": ("channels", "io", "vocabulary", "checkpoints", "merging", "hub"),
-    "router": ("io", "vocabulary"),
+    "training": ("io",),
+    "router": ("io", "vocabulary", "training"),
+    "refinement": ("io", "vocabulary", "checkpoints", "merging", "hub", "training"),
 }
 DOOR = "the door"
 SHIPPED = sorted(file for file in MODEL.glob("*.py") if file.name != "__init__.py")

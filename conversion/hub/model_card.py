@@ -9,6 +9,7 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from conversion.hub.refinement_section import refinement_section
 from conversion.hub.source_card import NOT_STATED, SourceCard, read_card
 from conversion.hub.vocabulary_section import vocabulary_section
 from conversion.io import markdown
@@ -175,7 +176,7 @@ tokenizer has no code.
 Weights are stored in {report["dtype"]}. Norms and other parameters without channels are kept exactly, one copy per
 expert. `{REPORT_FILE}` has the numbers of every module, and the versions:
 {", ".join(f"{package} {version}" for package, version in report["versions"].items())}.
-
+{refinement_section(report)}
 ## Limits
 
 - Where rows were merged, an expert here is not the original expert: measure it on your own task before you rely on it.

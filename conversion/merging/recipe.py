@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from conversion.channels.merge_methods import MergeMethod
 from conversion.io.foreign_files import read_yaml
@@ -172,6 +181,7 @@ class Recipe(StrictModel):
     preset: str | None = None
     grouping: Grouping = Grouping()
     calibration: CalibrationSource | None = None
+    refine: dict[str, JsonValue] | None = None  # options of channel-merge refine, which checks them
     merge_method: str | None = None
     parameters: MergeParameters = MergeParameters()
     dtype: Literal["float32", "float16", "bfloat16"] | None = None

@@ -1,7 +1,8 @@
 """The options of train-router that are not those of `transformers.TrainingArguments`. Importing it is quick."""
 
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import get_args
+from dataclasses import dataclass, field, fields
+
+from conversion.training.option_help import describe_options
 
 OUTPUT_HELP = "Folder of the trained checkpoint."
 
@@ -63,31 +64,9 @@ class RouterArguments:
 
 def option_help() -> list[tuple[str, str]]:
     """All options of train-router with what they do, for a reader of the command line's help."""
+    options = (option for option in fields(RouterArguments) if option.name != "checkpoint")
+    resuming = "Go on where a stopped run was that had saved checkpoints (--save-strategy steps)."
     return [
-        *(_option_help(option) for option in fields(RouterArguments) if option.name != "checkpoint"),
-        ("--output-dir OUT", f"{OUTPUT_HELP} [required]"),
-        (
-            "--resume-from-checkpoint true",
-            "Go on where a stopped run was that had saved checkpoints (--save-strategy steps).",
-        ),
-        ("--config F.yaml", "Values of any of these options."),
-        (
-            "--learning-rate 1e-2, --num-train-epochs 3, ...",
-            "Every option of transformers.TrainingArguments works, too.",
-        ),
+        *describe_options(options, OUTPUT_HELP, "--learning-rate 1e-2, --num-train-epochs 3, ..."),
+        ("--resume-from-checkpoint true", resuming),
     ]
-
-
-def _option_help(option: Field) -> tuple[str, str]:
-    name, notes = f"--{option.name.replace('_', '-')}", ""
-    if "metavar" in option.metadata:
-        name += f" {option.metadata['metavar']}"
-    if list[str] in (option.type, *get_args(option.type)):
-        name += "..."
-    if option.default is True:
-        name += " true|false"
-    if option.default is MISSING:
-        notes = " [required]"
-    elif option.default not in (None, False):
-        notes = f" [default: {str(option.default).lower()}]"
-    return name, option.metadata["help"] + notes

@@ -11,8 +11,8 @@ def test_help_of_an_option():
     assert texts["--augment true|false"].endswith(" [default: true]")
     for option in ("--eval-data DATA...", "--threshold P", "--overwrite"):
         assert texts[option].endswith("."), option
-    from conversion.router.training_arguments import RouterArgumentParser
+    from conversion.training.argument_parser import TrainingArgumentParser
 
-    parser = RouterArgumentParser((RouterArguments,))
+    parser = TrainingArgumentParser((RouterArguments,))
     assert dict(option_help()) == texts
     assert {option.name for option in fields(RouterArguments)} < {action.dest for action in parser._actions}

@@ -1,0 +1,1 @@
+"""Refinement: teachers, divergence, training and evaluation of stored rows, report."""

@@ -1,0 +1,1 @@
+"""What every training shares: its command line, and the Trainer's checkpoints in a staged folder."""
