@@ -9,6 +9,8 @@ from conversion.channels import merge_methods
 from conversion.channels.keep_masks import keep_mask
 from conversion.channels.merge_methods import MergeMethod, merge_rows, row_deltas
 
+# Those that merge rows as they are; regmean needs what was measured of their inputs.
+ROW_METHODS = tuple(name for name in merge_methods.MERGE_METHODS if name != "regmean")
 SHAPES = [(1, 1), (1, 63), (63, 1), (100, 63), (7, 20001)]
 
 
@@ -141,7 +143,7 @@ class TestMergeRows:
         assert merged.dtype == torch.float32
         assert ((merged.double() - expected).abs() <= bound).all()
 
-    @pytest.mark.parametrize("name", merge_methods.MERGE_METHODS)
+    @pytest.mark.parametrize("name", ROW_METHODS)
     def test_blocks_do_not_matter(self, name, monkeypatch):
         base, rows = random_rows(3, 40, 33, seed=6)
         density = 0.7 if name in merge_methods.SPARSE_METHODS else 1.0
@@ -157,7 +159,7 @@ class TestMergeRows:
             some = slice(channel, channel + 1)
             assert torch.equal(merge_rows(base[some], rows[:, some], weights, method, **part), whole[some])
 
-    @pytest.mark.parametrize("name", merge_methods.MERGE_METHODS)
+    @pytest.mark.parametrize("name", ROW_METHODS)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_half_precision_is_merged_in_float32(self, dtype, name):
         """Lower precision changes the inputs and nothing else; they are not overwritten."""
@@ -172,7 +174,7 @@ class TestMergeRows:
         assert torch.equal(merged, merge_rows(base.float(), rows.float(), weights, method, **given_))
         assert torch.equal(base, before[0]) and torch.equal(rows, before[1])
 
-    @pytest.mark.parametrize("name", merge_methods.MERGE_METHODS)
+    @pytest.mark.parametrize("name", ROW_METHODS)
     def test_float32_inputs_are_not_overwritten(self, name):
         base, rows = random_rows(2, 10, 33, seed=8)
         before = base.clone(), rows.clone()
