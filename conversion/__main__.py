@@ -6,6 +6,7 @@ Heavy libraries are imported inside the commands, so that --help answers at once
 import json
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +58,7 @@ def convert(
     ] = False,
     progress: Annotated[bool, typer.Option(help="Show a progress bar.")] = True,
 ):
-    """Merge the experts of a recipe, channel by channel, into one checkpoint.
+    """Merge the experts of a recipe, channel by channel, into one checkpoint, and refine it where the recipe says so.
 
     A run that was stopped goes on where it was when the same command is given again.
 
@@ -76,16 +77,27 @@ def convert(
         Console().print(*plan_tables(plan), sep="\n", soft_wrap=True)
         return
     from conversion.convert import convert as run
+    from conversion.io.staged_folder import check_target
+    from conversion.merging.recipe import load_recipe
 
+    loaded, merged = load_recipe(recipe), out
+    if loaded.refine is not None:
+        check_target(out, overwrite)
+        merged = out.resolve().with_name(f".{out.resolve().name}.unrefined")
     conversion = run(
-        recipe,
-        out,
-        overwrite=overwrite,
+        loaded,
+        merged,
+        overwrite=overwrite or merged != out,
         max_shard_size=max_shard_size,
         max_memory=max_memory,
         device=device,
         progress=progress,
     )
+    if merged != out:
+        from conversion.refine import refine as run_refinement
+
+        run_refinement(merged, loaded, out, overwrite=overwrite, use_cpu=device == "cpu", disable_tqdm=not progress)
+        shutil.rmtree(merged)
     parameters = conversion.report["parameters"]
     share = parameters["stored"] / parameters["experts"]
     typer.echo(f"{out}: {parameters['stored']:,} parameters, {share:.1%} of the experts' {parameters['experts']:,}")

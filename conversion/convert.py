@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.hub.conversion_report import add_relative_errors, conversion_report, package_versions
 from conversion.hub.model_folder import write_hub_files
 from conversion.io.code_hash import code_hash
@@ -116,8 +117,9 @@ def convert(
             calibration = source.open(staged.journal, torch_device, progress)
             stack.callback(calibration.close)
             costs = ChannelCosts(plan, calibration, torch_device)
+        reads = 3 if source is not None and plan.num_experts <= MAX_ENUMERATED else 2  # costs of groups come first
         bar = stack.enter_context(
-            tqdm(total=2 * plan.bytes_to_read, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
+            tqdm(total=reads * plan.bytes_to_read, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
         )
         workers = Workers(memory.threads, blocks.stop)
         bar.set_description("grouping channels")

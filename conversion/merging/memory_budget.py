@@ -9,6 +9,7 @@ Shapes: N experts, O channels, I inputs, R rows.
 import math
 from dataclasses import dataclass
 
+from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.channels.magnitude_threshold import threshold_bytes
 from conversion.checkpoints.architecture import channel_parameters
 from conversion.merging.plan import Plan
@@ -81,15 +82,18 @@ def spending_bytes(plan: Plan) -> int:
 
 
 def metric_bytes(plan: Plan, path: str) -> int:
-    """What a thread holds of a calibration: covariances, and while one is factored its sum, factor and a copy."""
+    """What a thread holds of a calibration: the costs of all groups, covariances, and while one is factored its sum,
+    factor and a copy; deltas, merged rows and products of one chunk in float64."""
     module = plan.modules.channel[path]
     if plan.recipe.calibration is None:
         return 0
-    weights = 3 * 8 * plan.num_experts * module.out_features
+    groups = 2 << plan.num_experts if plan.num_experts <= MAX_ENUMERATED else 0
+    numbers = module.out_features * (groups + 6 * plan.num_experts)
+    numbers += CALIBRATED_CHANNELS * module.in_features * (plan.num_experts + 4)
     if module.kind == "embedding" and path not in {other.tied_to for other in plan.modules.channel.values()}:
-        return weights
+        return 8 * numbers
     square = module.in_features**2
-    return weights + square * (4 * plan.num_experts + 3 * 8) + FACTOR_BYTES
+    return 8 * numbers + square * (4 * plan.num_experts + 3 * 8) + FACTOR_BYTES
 
 
 def row_bytes(plan: Plan, path: str) -> int:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from conversion import refine as door
+from conversion.__main__ import app
 from conversion.convert import convert
 from conversion.io.foreign_files import read_json
 from conversion.merging.recipe import parse_recipe
@@ -321,6 +322,20 @@ def test_command_line(make_merged, tmp_path):
     assert (record["steps"], record["options"]["top_k"], record["options"]["learning_rate"]) == (7, 9, 2e-2)
     assert "KL a token before" in result.stdout and "the best of 7 steps" in result.stdout
     assert str(tmp_path) not in json.dumps(record)
+
+
+def test_convert_refines_where_the_recipe_says_so(make_merged, tmp_path):
+    """One command; what was converted on the way is gone, and the result is that of the two commands."""
+    recipe = make_merged()
+    refine(tmp_path / "merged", recipe, tmp_path / "refined", **OPTIONS)
+    data = json.loads((tmp_path / "recipe.json").read_text())
+    own = {key: value for key, value in OPTIONS.items() if key not in ("disable_tqdm", "use_cpu")}
+    (tmp_path / "recipe.json").write_text(json.dumps({**data, "refine": own}))
+    app(["convert", str(tmp_path / "recipe.json"), str(tmp_path / "out"), "--no-progress"], standalone_mode=False)
+    assert not list(tmp_path.glob(".out*"))
+    assert read_json(tmp_path / "out" / "conversion_report.json")["refinement"]["improved"]
+    expected, found = tensors_of(tmp_path / "refined"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_two_processes(make_merged, tmp_path):
