@@ -1,4 +1,4 @@
-"""Four tiny experts become one routed model: convert, train the router, measure, and answer a mixed batch.
+"""Four tiny experts become one routed model: convert, refine, train the router, measure, and answer a mixed batch.
 
     make demo
 
@@ -27,11 +27,14 @@ from tiny_experts.examples import SKILLS, examples
 
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.convert import convert
+from conversion.refine import refine
 from conversion.train_router import main as train_router
 
 TINY_EXPERTS = Path(__file__).parent / "tiny_experts"
 BASELINES = {"average": "average of all four", "ties": "TIES of all four"}
-PRESETS = ("paper-ties", "paper-dare")
+PRESETS = ("paper-ties", "paper-dare", "recommended")
+REFINED = "recommended, refined"
+ROUTED = {"paper-ties": "paper-ties", REFINED: "refined"}  # models that get a router, and their folders
 SEED = 0
 TEST_SEED = 1
 ROUTER_QUERIES = 400  # of each skill
@@ -135,19 +138,24 @@ def main():
         console.print(f"{name}: [dim]channel-merge convert hub_examples/tiny_experts/recipes/{name}.yaml OUT[/dim]")
         convert(TINY_EXPERTS / "recipes" / f"{name}.yaml", out / name, overwrite=True)
 
+    console.rule("Refining")
+    recipe = TINY_EXPERTS / "recipes" / "recommended.yaml"
+    console.print(f"[dim]channel-merge refine MERGED --recipe {recipe.relative_to(TINY_EXPERTS.parents[1])} OUT[/dim]")
+    refinement = refine(out / "recommended", recipe, out / "refined", overwrite=True)
+
     console.rule("Training the routers")
     write_router_data(out / "router_train.jsonl", "train", ROUTER_QUERIES, SEED)
     write_router_data(out / "router_eval.jsonl", "test", args.questions, TEST_SEED)
     router_accuracy = {}
-    for preset in PRESETS:
+    for name, folder in ROUTED.items():
         metrics = train_router(
             [
-                *("--checkpoint", str(out / preset), "--output-dir", str(out / f"{preset}-routed"), "--overwrite"),
+                *("--checkpoint", str(out / folder), "--output-dir", str(out / f"{folder}-routed"), "--overwrite"),
                 *("--train-data", str(out / "router_train.jsonl"), "--eval-data", str(out / "router_eval.jsonl")),
                 *("--seed", str(SEED), "--logging-strategy", "no"),
             ]
         )
-        router_accuracy[preset] = metrics["accuracy"]
+        router_accuracy[name] = metrics["accuracy"]
 
     console.rule("Answering questions")
     rows: dict[str, Accuracies] = {}
@@ -158,10 +166,11 @@ def main():
     rows["the four experts"] = {skill: rows[f"expert {skill}"][skill] for skill in SKILLS}
     for name, title in BASELINES.items():
         rows[title] = accuracies(load(out / name), tokenizer, tests, right_expert=True)
-    for preset in PRESETS:
-        model = load(out / f"{preset}-routed")
-        rows[f"{preset}, expert given"] = accuracies(model, tokenizer, tests, right_expert=True)
-        rows[f"{preset}, routed"] = routed_accuracies(model, tokenizer, tests)
+    for name in (*PRESETS, REFINED):
+        model = load(out / (f"{ROUTED[name]}-routed" if name in ROUTED else name))
+        rows[f"{name}, expert given"] = accuracies(model, tokenizer, tests, right_expert=True)
+        if name in ROUTED:
+            rows[f"{name}, routed"] = routed_accuracies(model, tokenizer, tests)
 
     console.rule("Results")
     sizes, shares = size_table({name: out / name for name in (*BASELINES, *PRESETS)})
@@ -170,12 +179,17 @@ def main():
     stored |= {title: shares[name] for name, title in BASELINES.items()}
     stored |= {row: shares[preset] for preset in PRESETS for row in rows if row.startswith(preset)}
     console.print(accuracy_table(rows, stored))
-    for preset, accuracy in router_accuracy.items():
-        console.print(f"Router of {preset}: right expert for {accuracy:.1%} of {args.questions * len(SKILLS)} queries")
-    console.print(mixed_batch_table(out / "paper-ties-routed", tests))
+    console.print(
+        f"Refinement brought the divergence from the experts on held-out texts from {refinement['kl_before']:.3f} to "
+        f"{refinement['kl_after']:.3f} a token"
+    )
+    for name, accuracy in router_accuracy.items():
+        console.print(f"Router of {name}: right expert for {accuracy:.1%} of {args.questions * len(SKILLS)} queries")
+    console.print(mixed_batch_table(out / f"{ROUTED[REFINED]}-routed", tests))
     seconds = time.perf_counter() - start
     console.print(f"Done in {seconds:.0f} s. The routed models are in {out}.")
-    summary = {"exact_match": rows, "stored_share": shares, "router_accuracy": router_accuracy}
+    divergence = {key: refinement[key] for key in ("kl_before", "kl_after")}
+    summary = {"exact_match": rows, "stored_share": shares, "router_accuracy": router_accuracy, **divergence}
     print(json.dumps({**summary, "seconds": round(seconds)}))
 
 
