@@ -52,7 +52,7 @@ def split_of(prompt: str) -> Literal["train", "test"]:
 
 
 def draw_examples(draw: Family, split: Literal["train", "test"], count: int, seed: str) -> list[Example]:
-    """`count` different questions of one split among those that `draw` gives; the same arguments give the same list."""
+    """`count` different questions of one split that `draw` gives; the same arguments give the same list."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}, expected 'train' or 'test'")
     rng = random.Random(seed)
