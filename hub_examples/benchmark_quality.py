@@ -1,0 +1,308 @@
+"""How much of small experts is kept for how many bytes: ours against one model, the paper and other ways to compress.
+
+    make bench-quality
+
+Sets of experts that are not shipped are trained first, once, into the work folder (`quality/expert_sets.py` says
+which, with what seeds). Then every contender is made from the same experts and the same calibration texts, at every
+budget where it has one, and measured on questions that neither training nor calibration has seen:
+
+- bytes: what would be stored, as a share of the N experts in bfloat16; indices, masks, scales and coefficients count.
+- kept: exact match, the right expert given, as a share of the experts' own mean; and its spread over independent draws
+  of test questions (and over seeds, of calibration and conversion, with --seeds).
+- KL elsewhere: nats a token between each expert and its view on text that no calibration shows: the other experts'
+  questions and plain lines. Where a set leaves families of questions out of calibration, these have two columns more.
+
+What fails stays in the table with its error. A table for each set, a mean over sets, one line of JSON, and a picture.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from quality.contenders import CONTENDERS, Contender
+from quality.expert_sets import SETS, train_missing
+from quality.measures import Measures
+from quality.problem import Problem, Stored
+from quality.questions import draw_questions
+
+BUDGETS = (0.55, 0.5, 0.4, 0.35, 0.3)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One contender at one budget on one set, over all draws and seeds."""
+
+    set: str
+    contender: str
+    budget: float | None
+    bytes: float | None = None  # share of the N experts in bfloat16
+    kept: float | None = None  # share of the experts' mean exact match
+    spread: float | None = None  # standard deviation of `kept`
+    elsewhere: float | None = None  # nats a token
+    left_out_kept: float | None = None
+    left_out: float | None = None  # nats a token
+    seconds: float | None = None  # to make it
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One contender at one budget for one seed."""
+
+    bytes: float
+    kept: list[float]  # of each draw of test questions
+    elsewhere: float
+    left_out_kept: float | None
+    left_out: float | None
+    seconds: float
+
+
+class Arena:
+    """One set of experts with the texts of one seed."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.measures = Measures(problem)
+        self.own = self.measures.quality(problem.experts)
+
+    def samples(self, contender: Contender, budget: float | None) -> dict[str, Sample]:
+        """Each variant of a contender, by name."""
+        start = time.perf_counter()
+        made = contender.stored(self.problem, budget)
+        seconds = time.perf_counter() - start
+        return {name: self._measure(stored, seconds) for name, stored in made.items()}
+
+    def _measure(self, stored: Stored, seconds: float) -> Sample:
+        quality, own = self.measures.quality(stored.views), self.own
+        has_left_out = quality.left_out_match is not None
+        return Sample(
+            stored.num_bytes / self.problem.expert_bytes,
+            [given / best for given, best in zip(quality.exact_match, own.exact_match, strict=True)],
+            quality.elsewhere,
+            quality.left_out_match / own.left_out_match if has_left_out else None,
+            quality.divergence.get("left out"),
+            seconds,
+        )
+
+
+def samples_of_set(
+    name: str, contenders: list[Contender], args: argparse.Namespace, console: Console
+) -> Iterator[tuple[str, float | None, Sample | str]]:
+    """Every contender, budget and seed of a set: what was measured, or why there is nothing."""
+    for seed in range(args.seeds):
+        with TemporaryDirectory() as scratch:
+            questions = draw_questions(SETS[name], args.texts, args.questions, args.draws, seed)
+            arena = Arena(Problem(SETS[name], questions, args.work_dir, Path(scratch), seed))
+            accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in arena.own.exact_match)
+            console.print(f"[bold]{name}[/bold], seed {seed}: the experts' own exact match is {accuracies}")
+            for contender in contenders:
+                for budget in args.budgets if contender.budgets else (None,):
+                    try:
+                        for variant, sample in arena.samples(contender, budget).items():
+                            yield variant, budget, sample
+                    except Exception as error:  # what fails is a result, too
+                        for variant in contender.variants():
+                            yield variant, budget, f"{type(error).__name__}: {error}"
+
+
+def measure_set(name: str, contenders: list[Contender], args: argparse.Namespace, console: Console) -> list[Line]:
+    """The lines of one set, in the order of the contenders."""
+    samples: dict[tuple[str, float | None], list[Sample]] = {}
+    errors: dict[tuple[str, float | None], str] = {}
+    for variant, budget, result in samples_of_set(name, contenders, args, console):
+        if isinstance(result, str):
+            errors[variant, budget] = result
+            console.print(f"  {variant} {budget or ''}: {result}", highlight=False)
+        else:
+            samples.setdefault((variant, budget), []).append(result)
+            console.print(
+                f"  {variant} {budget or ''}: {result.bytes:.1%} of bytes keep {statistics.fmean(result.kept):.3f}, "
+                f"KL elsewhere {result.elsewhere:.4f}, made in {result.seconds:.1f} s",
+                highlight=False,
+            )
+    lines = [line_of(name, *key, found) for key, found in samples.items() if key not in errors]
+    lines += [Line(name, *key, error=error) for key, error in errors.items()]
+    order = [variant for contender in contenders for variant in contender.variants()]
+    return sorted(lines, key=lambda line: (order.index(line.contender), -(line.budget or 0)))
+
+
+def line_of(set_name: str, contender: str, budget: float | None, samples: list[Sample]) -> Line:
+    kept = [share for sample in samples for share in sample.kept]
+    return Line(
+        set_name,
+        contender,
+        budget,
+        bytes=mean_of(sample.bytes for sample in samples),
+        kept=mean_of(kept),
+        spread=statistics.stdev(kept) if len(kept) > 1 else 0.0,
+        elsewhere=mean_of(sample.elsewhere for sample in samples),
+        left_out_kept=mean_of(sample.left_out_kept for sample in samples),
+        left_out=mean_of(sample.left_out for sample in samples),
+        seconds=mean_of(sample.seconds for sample in samples),
+    )
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """None where there are none."""
+    given = [value for value in values if value is not None]
+    return statistics.fmean(given) if given else None
+
+
+def set_table(lines: list[Line]) -> Table:
+    """All contenders of one set, at all of their sizes."""
+    left_out = any(line.left_out is not None for line in lines)
+    title = f"{lines[0].set}: {len(SETS[lines[0].set].experts)} experts"
+    columns = ["contender", "budget", "bytes", "kept", "spread", "KL elsewhere", "seconds"]
+    table = Table(*columns, *(["kept, left out", "KL, left out"] if left_out else []), title=title)
+    failed = [line for line in lines if line.error is not None]
+    for line in lines:
+        table.add_row(
+            line.contender,
+            text(line.budget, ".0%"),
+            text(line.bytes, ".1%"),
+            text(line.kept, ".3f"),
+            text(line.spread, ".3f"),
+            text(line.elsewhere, ".4f"),
+            "failed" if line.error else text(line.seconds, ".1f"),
+            *([text(line.left_out_kept, ".3f"), text(line.left_out, ".4f")] if left_out else []),
+        )
+    if failed:
+        table.caption = "\n".join(dict.fromkeys(f"{line.contender}: {line.error}" for line in failed))
+    return table
+
+
+def text(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def mean_table(lines: list[Line]) -> Table:
+    """Each contender's mean and spread over the sets on which it could be made."""
+    table = Table("contender", "budget", "sets", "bytes", "kept", "spread", "KL elsewhere", title="Mean over sets")
+    groups: dict[tuple[str, float | None], list[Line]] = {}
+    for line in lines:
+        if line.error is None:
+            groups.setdefault((line.contender, line.budget), []).append(line)
+    for (contender, budget), group in groups.items():
+        kept = [line.kept for line in group]
+        table.add_row(
+            contender,
+            text(budget, ".0%"),
+            str(len(group)),
+            text(statistics.fmean(line.bytes for line in group), ".1%"),
+            text(statistics.fmean(kept), ".3f"),
+            text(statistics.stdev(kept) if len(kept) > 1 else 0.0, ".3f"),
+            text(statistics.fmean(line.elsewhere for line in group), ".4f"),
+        )
+    return table
+
+
+def draw_curves(lines: list[Line], file: Path) -> None:
+    """Kept share and divergence against bytes, a column for each set: curves where there are budgets, else points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [line for line in lines if line.error is None]
+    sets = list(dict.fromkeys(line.set for line in lines))
+    contenders = list(dict.fromkeys(line.contender for line in lines))
+    colours = pyplot.get_cmap("tab20")
+    figure, axes = pyplot.subplots(
+        2, len(sets), figsize=(1 + 4.5 * len(sets), 8), sharex=True, sharey="row", squeeze=False
+    )
+    for column, name in enumerate(sets):
+        for number, contender in enumerate(contenders):
+            group = sorted(
+                (line for line in lines if line.set == name and line.contender == contender),
+                key=lambda line: line.bytes,
+            )
+            style = {
+                "color": colours(number % 20),
+                "marker": "o" if contender.startswith("ours") else "sv^dPX*"[number % 7],
+                "linewidth": 2.5 if contender.startswith("ours") else 1.2,
+                "label": contender,
+            }
+            sizes = [100 * line.bytes for line in group]
+            axes[0, column].plot(sizes, [line.kept for line in group], **style)
+            axes[1, column].plot(sizes, [max(line.elsewhere, 1e-5) for line in group], **style)
+        axes[0, column].set_title(name)
+        axes[1, column].set_yscale("log")
+        axes[1, column].set_xlabel("bytes, % of the experts in bfloat16")
+        axes[0, column].set_xlim(10, 62)
+    axes[0, 0].set_ylabel("kept of the experts' exact match")
+    axes[1, 0].set_ylabel("KL elsewhere, nats a token")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    figure.savefig(file, dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def versions() -> dict[str, str]:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return {
+        "commit": subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path(__file__).parent / ".quality", help="trained sets, results and picture"
+    )
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="contenders")
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="shares of the experts' bytes")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other texts and other conversions")
+    parser.add_argument("--draws", type=int, default=3, help="independent draws of test questions")
+    parser.add_argument("--questions", type=int, default=60, help="test questions of each expert and draw")
+    parser.add_argument("--texts", type=int, default=400, help="calibration texts of each expert")
+    parser.add_argument("--train-only", action="store_true", help="train what is missing and stop")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, console, start = parse_arguments(), Console(), time.perf_counter()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for name in args.sets:
+        train_missing(SETS[name], args.work_dir)
+    if args.train_only:
+        return
+    contenders = [contender for contender in CONTENDERS if contender.name in args.only]
+    lines = [line for name in args.sets for line in measure_set(name, contenders, args, console)]
+    for name in args.sets:
+        console.print(set_table([line for line in lines if line.set == name]))
+    if len(args.sets) > 1:
+        console.print(mean_table(lines))
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    draw_curves(lines, args.work_dir / "quality.png")
+    seconds = time.perf_counter() - start
+    console.print(f"Done in {seconds / 60:.1f} minutes. The picture is {args.work_dir / 'quality.png'}.")
+    settings = {"texts": args.texts, "questions": args.questions, "draws": args.draws, "seeds": args.seeds}
+    result = {**settings, "lines": [asdict(line) for line in lines], "seconds": round(seconds), "versions": versions()}
+    (args.work_dir / "quality.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
