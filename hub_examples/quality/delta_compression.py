@@ -14,9 +14,9 @@ from quality.problem import BYTES, Problem, State, Stored, rounded, set_weights
 MASK_THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)  # those that the paper of TALL-masks tries
 MASK_TEXTS = 64  # of calibration that a threshold is chosen on
 
-DISTILLATION_STEPS = 60
+DISTILLATION_STEPS = 40
 DISTILLATION_BATCH = 16
-DISTILLATION_RATE = 0.03  # of the logarithm of a scale
+DISTILLATION_RATE = 0.01  # of the logarithm of a scale
 
 
 def low_rank_from_base(problem: Problem, budget: float) -> Stored | None:
