@@ -9,6 +9,7 @@ budget where it has one, and measured on questions that neither training nor cal
 - bytes: what would be stored, as a share of the N experts in bfloat16; indices, masks, scales and coefficients count.
 - kept: exact match, the right expert given, as a share of the experts' own mean; and its spread over independent draws
   of test questions (and over seeds, of calibration and conversion, with --seeds).
+- routed, with --routed: the same share where the checkpoint's own router picks the expert.
 - KL elsewhere: nats a token between each expert and its view on text that no calibration shows: the other experts'
   questions and plain lines. Where a set leaves families of questions out of calibration, these have two columns more.
 
@@ -40,6 +41,7 @@ from quality.expert_sets import SETS, train_missing
 from quality.measures import Measures
 from quality.problem import Problem, Stored
 from quality.questions import draw_questions
+from quality.routing import routed_match
 
 BUDGETS = (0.55, 0.5, 0.4, 0.35, 0.3)
 
@@ -54,6 +56,7 @@ class Line:
     bytes: float | None = None  # share of the N experts in bfloat16
     kept: float | None = None  # share of the experts' mean exact match
     spread: float | None = None  # standard deviation of `kept`
+    routed: float | None = None  # the same share where a router picks the expert
     elsewhere: float | None = None  # nats a token
     left_out_kept: float | None = None
     left_out: float | None = None  # nats a token
@@ -67,6 +70,7 @@ class Sample:
 
     bytes: float
     kept: list[float]  # of each draw of test questions
+    routed: float | None
     elsewhere: float
     left_out_kept: float | None
     left_out: float | None
@@ -74,10 +78,11 @@ class Sample:
 
 
 class Arena:
-    """One set of experts with the texts of one seed."""
+    """One set of experts with the texts of one seed; `routed`: routers are trained where there is a checkpoint."""
 
-    def __init__(self, problem: Problem):
+    def __init__(self, problem: Problem, routed: bool):
         self.problem = problem
+        self.routed = routed
         self.measures = Measures(problem)
         self.own = self.measures.quality(problem.experts)
 
@@ -91,9 +96,13 @@ class Arena:
     def _measure(self, stored: Stored, seconds: float) -> Sample:
         quality, own = self.measures.quality(stored.views), self.own
         has_left_out = quality.left_out_match is not None
+        routed = None
+        if self.routed and stored.checkpoint is not None:
+            routed = routed_match(self.problem, stored.checkpoint) / own.exact_match[0]
         return Sample(
             stored.num_bytes / self.problem.expert_bytes,
             [given / best for given, best in zip(quality.exact_match, own.exact_match, strict=True)],
+            routed,
             quality.elsewhere,
             quality.left_out_match / own.left_out_match if has_left_out else None,
             quality.divergence.get("left out"),
@@ -108,7 +117,7 @@ def samples_of_set(
     for seed in range(args.seeds):
         with TemporaryDirectory() as scratch:
             questions = draw_questions(SETS[name], args.texts, args.questions, args.draws, seed)
-            arena = Arena(Problem(SETS[name], questions, args.work_dir, Path(scratch), seed))
+            arena = Arena(Problem(SETS[name], questions, args.work_dir, Path(scratch), seed), args.routed)
             accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in arena.own.exact_match)
             console.print(f"[bold]{name}[/bold], seed {seed}: the experts' own exact match is {accuracies}")
             for contender in contenders:
@@ -151,6 +160,7 @@ def line_of(set_name: str, contender: str, budget: float | None, samples: list[S
         bytes=mean_of(sample.bytes for sample in samples),
         kept=mean_of(kept),
         spread=statistics.stdev(kept) if len(kept) > 1 else 0.0,
+        routed=mean_of(sample.routed for sample in samples),
         elsewhere=mean_of(sample.elsewhere for sample in samples),
         left_out_kept=mean_of(sample.left_out_kept for sample in samples),
         left_out=mean_of(sample.left_out for sample in samples),
@@ -168,7 +178,7 @@ def set_table(lines: list[Line]) -> Table:
     """All contenders of one set, at all of their sizes."""
     left_out = any(line.left_out is not None for line in lines)
     title = f"{lines[0].set}: {len(SETS[lines[0].set].experts)} experts"
-    columns = ["contender", "budget", "bytes", "kept", "spread", "KL elsewhere", "seconds"]
+    columns = ["contender", "budget", "bytes", "kept", "spread", "routed", "KL elsewhere", "seconds"]
     table = Table(*columns, *(["kept, left out", "KL, left out"] if left_out else []), title=title)
     failed = [line for line in lines if line.error is not None]
     for line in lines:
@@ -178,6 +188,7 @@ def set_table(lines: list[Line]) -> Table:
             text(line.bytes, ".1%"),
             text(line.kept, ".3f"),
             text(line.spread, ".3f"),
+            text(line.routed, ".3f"),
             text(line.elsewhere, ".4f"),
             "failed" if line.error else text(line.seconds, ".1f"),
             *([text(line.left_out_kept, ".3f"), text(line.left_out, ".4f")] if left_out else []),
@@ -276,6 +287,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=3, help="independent draws of test questions")
     parser.add_argument("--questions", type=int, default=60, help="test questions of each expert and draw")
     parser.add_argument("--texts", type=int, default=400, help="calibration texts of each expert")
+    parser.add_argument("--routed", action="store_true", help="train a router for each checkpoint, and ask it, too")
     parser.add_argument("--train-only", action="store_true", help="train what is missing and stop")
     return parser.parse_args()
 

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny_experts.evaluate import chat_prompt
-
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.checkpoints.stored_expert import StoredExpertReader
@@ -87,7 +85,7 @@ def write_calibration(problem: Problem) -> Path:
     """The calibration texts of all experts, as a recipe names them."""
     file = problem.scratch / CALIBRATION_FILE
     rows = [
-        {"prompt": chat_prompt(problem.tokenizer, text.prompt), "completion": " " + text.completion, "expert": name}
+        {"prompt": text.prompt, "completion": text.completion, "expert": name}
         for name, texts in problem.questions.calibration.items()
         for text in texts
     ]
@@ -102,7 +100,7 @@ def read_stored(problem: Problem, checkpoint: Path) -> Stored:
     with MergedCheckpoint(checkpoint) as merged:
         views = [read_view(problem, merged, name) for name in problem.names]
     rows = {f"{matrix.path}.weight": matrix.rows for matrix in report.matrices}
-    return Stored(views, BYTES * report.parameters + report.index_bytes, rows)
+    return Stored(views, BYTES * report.parameters + report.index_bytes, rows, checkpoint)
 
 
 def read_view(problem: Problem, merged: MergedCheckpoint, name: str) -> State:

@@ -27,11 +27,13 @@ class Stored:
     """What a contender stores, and the N models that it answers with.
 
     `rows` says how many rows of each matrix are stored, where rows are all that is: these can be quantized.
+    `checkpoint` is the merged checkpoint that was made, if one was.
     """
 
     views: list[State]
     num_bytes: int
     rows: dict[str, int] | None = None
+    checkpoint: Path | None = None
 
 
 @dataclass

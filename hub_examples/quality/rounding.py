@@ -21,7 +21,7 @@ def quantized(problem: Problem, stored: Stored, bits: int) -> Stored:
         rows * (BYTES * problem.base[name].shape[1] - row_bytes(problem.base[name].shape[1], bits))
         for name, rows in stored.rows.items()
     )
-    return replace(stored, views=views, num_bytes=stored.num_bytes - saved)
+    return replace(stored, views=views, num_bytes=stored.num_bytes - saved, checkpoint=None)
 
 
 def row_bytes(width: int, bits: int) -> int:
