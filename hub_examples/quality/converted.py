@@ -1,6 +1,7 @@
 """Contenders that are this project's own conversions, made as a user makes them: a recipe in, a checkpoint out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def converted(problem: Problem, name: str, choices: dict[str, Any]) -> Path:
 
 
 def one_merge(problem: Problem, method: str, parameters: dict[str, float]) -> Stored:
-    """All experts of every channel in one group."""
+    """All experts of every channel in one group, which needs no channel indices."""
     choices = {"grouping": {"num_groups": 1}, "merge_method": method, "parameters": parameters}
-    return read_stored(problem, converted(problem, method, choices))
+    stored = read_stored(problem, converted(problem, method, choices))
+    return replace(stored, num_bytes=stored.num_bytes - problem.index_bytes)
 
 
 def preset_groups(problem: Problem, preset: str, num_groups: int) -> Stored:

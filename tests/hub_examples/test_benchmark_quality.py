@@ -1,6 +1,7 @@
 """The alternatives of the quality benchmark are what they claim: exact with all bytes, never above their budget."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -195,3 +196,12 @@ def test_left_out_families_are_in_no_calibration(quality):
         left_out, calibrated = expert_set.left_out_families(expert), expert_set.calibrated_families(expert)
         assert len(left_out) == 2 and not set(left_out) & set(calibrated)
         assert {*left_out, *calibrated} == set(expert.families)
+
+
+def test_an_average_is_counted_as_one_model(quality, problem):
+    """As a conversion to one group, with the norms of both experts; so the indices are counted as the checkpoint's."""
+    stored = quality.converted.one_merge(problem, "linear", {})
+    assert stored.num_bytes == problem.model_bytes + problem.vector_bytes // 2
+    assert max(relative_errors(problem, stored.views)) < 1
+    calibration = quality.converted.write_calibration(problem).read_text(encoding="utf-8").splitlines()
+    assert len(calibration) == 48 and set(json.loads(calibration[0])) == {"prompt", "completion", "expert"}
