@@ -7,7 +7,7 @@ TEST_VENV := .venv-test
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean bench bench-conversion
+.PHONY: help demo test lint format clean bench bench-conversion bench-quality
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
@@ -15,6 +15,7 @@ help:
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
+	@echo 'make bench-quality   what is kept of small experts for how many bytes, against other ways (trains some once)'
 	@echo 'make clean   remove the virtual environments and caches'
 
 demo: $(DEMO_VENV)/installed
@@ -31,6 +32,9 @@ bench: $(TEST_VENV)/installed
 # In the environment of the tests, for it has mergekit.
 bench-conversion: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python hub_examples/benchmark_conversion.py $(BENCH_ARGS)
+
+bench-quality: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python hub_examples/benchmark_quality.py $(BENCH_ARGS)
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check .

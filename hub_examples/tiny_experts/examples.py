@@ -7,6 +7,7 @@ whatever the seeds and counts; the facts behind a test question (3 + 4 is 7) may
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from tiny_experts.chinese_skill import CHINESE_FAMILIES
@@ -68,12 +69,17 @@ def draw_examples(draw: Family, split: Literal["train", "test"], count: int, see
     return list(chosen.values())
 
 
-def examples(skill: str, split: Literal["train", "test"], count: int, seed: int) -> list[Example]:
-    """`count` different questions of one skill and split; the same arguments give the same list."""
+def examples(
+    skill: str, split: Literal["train", "test"], count: int, seed: int, families: Sequence[Family] | None = None
+) -> list[Example]:
+    """`count` different questions of one skill and split, of all its families or of those given.
+
+    The same arguments give the same list.
+    """
     if skill not in FAMILIES:
         raise ValueError(f"unknown skill {skill!r}, expected one of {', '.join(SKILLS)}")
 
     def draw(rng: random.Random) -> Example:
-        return asked_somehow(skill, rng.choice(FAMILIES[skill])(rng), rng)
+        return asked_somehow(skill, rng.choice(families or FAMILIES[skill])(rng), rng)
 
     return draw_examples(draw, split, count, f"{skill}/{split}/{seed}")
