@@ -25,6 +25,7 @@ METHOD_DEFAULTS: dict[str, dict[str, float | bool]] = {
     "ties": {"density": 1.0, "lambda": 1.0, "normalize": True},
     "dare_linear": {"density": 1.0, "lambda": 1.0, "normalize": False},
     "dare_ties": {"density": 1.0, "lambda": 1.0, "normalize": False},
+    "regmean": {},
 }
 
 NO_PRESET: dict[str, Any] = {
@@ -44,6 +45,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grouping": {"num_groups": 2, "similarity": "cosine"},
         "merge_method": "dare_linear",
         "parameters": {"density": 0.7, "lambda": 0.5, "normalize": False},
+    },
+    # Rows where they pay off, and merged for what they do on calibration texts; without these, plain means.
+    "recommended": {
+        "grouping": {"budget": 0.5, "similarity": "l2"},
+        "merge_method": "regmean",
+        "parameters": {},
     },
 }
 
@@ -96,21 +103,49 @@ class ExpertSpec(StrictModel):
         return weight
 
 
+class RowBounds(StrictModel):
+    """How many rows a channel of some modules keeps under a budget."""
+
+    modules: str = Field(min_length=1)  # a glob pattern of module paths, such as "*.mlp.*"
+    min_rows: int = Field(default=1, ge=1)
+    max_rows: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def check_order(self) -> "RowBounds":
+        if self.max_rows is not None and self.max_rows < self.min_rows:
+            raise ValueError(f"max_rows is {self.max_rows}, expected at least min_rows, {self.min_rows}")
+        return self
+
+
 class Grouping(StrictModel):
     """How the experts' rows of a channel are clustered."""
 
     num_groups: int | None = Field(default=None, ge=1)
     similarity: Literal["cosine", "l2"] | None = None
-    budget: float | None = None
-    importance: str | None = None
+    budget: float | None = Field(default=None, gt=0, le=1)
+    bounds: tuple[RowBounds, ...] | None = None
 
     @model_validator(mode="after")
-    def refuse_later_keys(self) -> "Grouping":
+    def check_combination(self) -> "Grouping":
         if self.budget is not None and self.num_groups is not None:
             raise ValueError("budget and num_groups exclude each other: both say how many rows are kept")
-        for key in ("budget", "importance"):
-            if getattr(self, key) is not None:
-                raise ValueError(f"{key} is not available yet, use num_groups and similarity")
+        if self.budget is not None and self.similarity == "cosine":
+            raise ValueError("similarity 'cosine' does not compare channels, as a budget must: use 'l2'")
+        if self.bounds is not None and self.num_groups is not None:
+            raise ValueError("bounds apply to a budget, not to num_groups")
+        return self
+
+
+class CalibrationSource(StrictModel):
+    """Texts to calibrate on, or the file that an earlier calibration of the same experts wrote."""
+
+    data: str | None = Field(default=None, min_length=1)  # JSONL, JSON, Parquet, CSV or a Hub dataset
+    file: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def check_one(self) -> "CalibrationSource":
+        if (self.data is None) == (self.file is None):
+            raise ValueError("give either data (calibration texts) or file (written by channel-merge calibrate)")
         return self
 
 
@@ -133,6 +168,7 @@ class Recipe(StrictModel):
     experts: tuple[ExpertSpec, ...]
     preset: str | None = None
     grouping: Grouping = Grouping()
+    calibration: CalibrationSource | None = None
     merge_method: str | None = None
     parameters: MergeParameters = MergeParameters()
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -149,8 +185,6 @@ class Recipe(StrictModel):
     @field_validator("preset")
     @classmethod
     def check_preset(cls, preset: str | None) -> str | None:
-        if preset == "recommended":
-            raise ValueError(f"preset 'recommended' is not available yet, use one of {', '.join(PRESETS)}")
         if preset is not None and preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: {nearest(preset, list(PRESETS))}")
         return preset
@@ -187,10 +221,11 @@ class Recipe(StrictModel):
         known = METHOD_DEFAULTS[method]
         for key in self.parameters.given():
             if key not in known:
-                raise ValueError(
-                    f"parameters.{key} does not apply to merge_method {method!r}, which reads {', '.join(known)}"
-                )
-        normalize = self.parameters.normalize if self.parameters.normalize is not None else known["normalize"]
+                reads = ", ".join(known) or "none"
+                raise ValueError(f"parameters.{key} does not apply to merge_method {method!r}, which reads {reads}")
+        if method == "regmean" and self.calibration is None:
+            raise ValueError("merge_method 'regmean' needs calibration: {data: ...} or {file: ...}")
+        normalize = self.parameters.normalize if self.parameters.normalize is not None else known.get("normalize")
         if method == "linear" and normalize:
             for expert in self.experts:
                 if expert.weight <= 0:
@@ -201,7 +236,15 @@ class Recipe(StrictModel):
         return self
 
     def _preset(self) -> dict[str, Any]:
-        return PRESETS[self.preset] if self.preset else NO_PRESET
+        """The preset as far as it applies: a mean stands for a merge that there are no calibration texts for."""
+        preset = PRESETS[self.preset] if self.preset else NO_PRESET
+        grouping = preset["grouping"]
+        if self.grouping.budget is not None:
+            grouping = {"similarity": "l2"}
+        elif self.grouping.num_groups is not None:
+            grouping = {key: value for key, value in grouping.items() if key != "budget"}
+        calibrated = preset["merge_method"] != "regmean" or self.calibration is not None
+        return {**preset, "grouping": grouping, "merge_method": preset["merge_method"] if calibrated else "linear"}
 
     def resolved(self) -> "Recipe":
         """The same recipe with every value written down: as given, else the preset's, else the method's default."""

@@ -32,9 +32,9 @@ def test_presets_are_the_papers_settings(preset, method):
 
 @pytest.mark.parametrize("method", METHOD_DEFAULTS)
 def test_a_methods_own_defaults_are_mergekits(method):
-    resolved = recipe(merge_method=method).resolved()
+    resolved = recipe(merge_method=method, calibration={"data": "texts.jsonl"}).resolved()
     assert resolved.parameters.given() == METHOD_DEFAULTS[method]
-    assert resolved.parameters.normalize is (method in ("linear", "ties"))
+    assert (resolved.parameters.normalize is True) == (method in ("linear", "ties"))
 
 
 def test_keys_override_the_preset_one_by_one():
@@ -81,12 +81,18 @@ def test_the_method_is_neutral_where_it_reads_no_parameter():
         ({"merge_metod": "ties"}, "unknown key 'merge_metod': did you mean 'merge_method'"),
         ({"merge_method": "tise"}, "unknown merge_method 'tise': did you mean 'ties'"),
         ({"preset": "paper-tie"}, "unknown preset 'paper-tie': did you mean 'paper-ties'"),
-        ({"preset": "recommended"}, "not available yet"),
         ({"grouping": {"num_group": 2}}, "grouping: unknown key 'num_group': did you mean 'num_groups'"),
         ({"grouping": {"num_groups": 0}}, "grouping.num_groups: .*1, got 0"),
         ({"grouping": {"similarity": "dot"}}, "grouping.similarity"),
-        ({"grouping": {"budget": 0.5}}, "budget is not available yet"),
-        ({"grouping": {"importance": "f"}}, "importance is not available yet"),
+        ({"grouping": {"budget": 0}}, "budget"),
+        ({"grouping": {"budget": 0.5, "similarity": "cosine"}}, "use 'l2'"),
+        ({"grouping": {"num_groups": 2, "bounds": [{"modules": "*"}]}}, "bounds apply to a budget"),
+        (
+            {"grouping": {"budget": 0.5, "bounds": [{"modules": "*", "min_rows": 3, "max_rows": 2}]}},
+            "at least min_rows",
+        ),
+        ({"calibration": {}}, "give either data"),
+        ({"merge_method": "regmean"}, "needs calibration"),
         ({"grouping": {"budget": 0.5, "num_groups": 2}}, "exclude each other"),
         ({"parameters": {"density": 0.5}}, "parameters.density does not apply to merge_method 'linear'"),
         ({"merge_method": "task_arithmetic", "parameters": {"density": 0.5}}, "does not apply"),
