@@ -1,6 +1,7 @@
 """How much of small experts is kept for how many bytes: ours against one model, the paper and other ways to compress.
 
-    make bench-quality
+    make bench-quality        the sets of small experts
+    make bench-quality-real   the set on a real base, which is made first, in under an hour
 
 Sets of experts that are not shipped are trained first, once, into the work folder (`quality/expert_sets.py` says
 which, with what seeds). Then every contender is made from the same experts and the same calibration texts, at every
@@ -36,12 +37,13 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).parent))
 
 from quality.contenders import CONTENDERS, Contender
-from quality.expert_sets import SETS, train_missing
+from quality.expert_sets import SMALL_SETS
 from quality.measures import Measures
 from quality.problem import Problem, Stored
 from quality.questions import draw_questions
 from quality.report import Line, draw_curves, in_order, mean_table, set_table
 from quality.routing import routed_match
+from quality.sets import SETS
 
 BUDGETS = (0.55, 0.5, 0.4, 0.35, 0.3)
 
@@ -169,7 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work-dir", type=Path, default=Path(__file__).parent / ".quality", help="trained sets, results and picture"
     )
-    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SMALL_SETS))
     names = [contender.name for contender in CONTENDERS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="contenders")
     parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="shares of the experts' bytes")
@@ -188,7 +190,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for name in args.sets:
-        train_missing(SETS[name], args.work_dir)
+        SETS[name].train_missing(args.work_dir)
     if args.train_only:
         return
     contenders = [contender for contender in CONTENDERS if contender.name in args.only]

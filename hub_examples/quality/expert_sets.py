@@ -13,14 +13,17 @@ What is trained lies in a folder for each set and is trained once.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tiny_experts.example import Example, Family
 from tiny_experts.examples import FAMILIES, SKILLS, examples
-from tiny_experts.make_tiny_experts import TrainingSettings, load, question_sequence, save, train
+from tiny_experts.make_tiny_experts import BOS, EOS, TrainingSettings, load, question_sequence, save, train
+from tiny_experts.plain_lines import plain_lines
 from transformers import AutoTokenizer
 
 SHIPPED = Path(__file__).parents[1] / "tiny_experts"
 BASE = "base"
+LINES = 12  # of plain text of each skill
 
 HEAVY = TrainingSettings(epochs=1, matrix_learning_rate=1e-2, learning_rate=1.5e-3, batch_size=16)
 LIGHT_BASE = TrainingSettings(epochs=3, matrix_learning_rate=1e-2, learning_rate=2e-3)
@@ -62,6 +65,25 @@ class ExpertSet:
     def expert_folder(self, work_dir: Path, expert: SmallExpert) -> Path:
         return (SHIPPED if self.training is None else work_dir / self.name) / expert.name
 
+    def train_missing(self, work_dir: Path) -> None:
+        """Train the checkpoints that are not there, each saved as soon as it is trained."""
+        train_missing(self, work_dir)
+
+    def draw(
+        self, expert: SmallExpert, split: Literal["train", "test"], count: int, seed: int, left_out: bool = False
+    ) -> list[Example]:
+        """Questions of an expert, of those of its families that calibration shows, or of those left out."""
+        families = self.left_out_families(expert) if left_out else self.calibrated_families(expert)
+        return examples(expert.skill, split, count, seed, families)
+
+    def lines(self, seed: int) -> list[str]:
+        """Plain text of the skills' worlds, as the base was trained on it."""
+        return [f"{BOS} {line}{EOS}" for skill in SKILLS for line in plain_lines(skill, LINES, seed)]
+
+    def instructions(self) -> list[Example]:
+        """Questions that have nothing to do with any expert: a model this small answers none."""
+        return []
+
 
 def whole_skills() -> tuple[SmallExpert, ...]:
     """One expert a skill."""
@@ -78,7 +100,7 @@ def half_skills() -> tuple[SmallExpert, ...]:
     )
 
 
-SETS = {
+SMALL_SETS = {
     expert_set.name: expert_set
     for expert_set in (
         ExpertSet("demo", whole_skills()),
@@ -99,7 +121,6 @@ def missing_parts(expert_set: ExpertSet, work_dir: Path) -> list[Path]:
 
 
 def train_missing(expert_set: ExpertSet, work_dir: Path) -> None:
-    """Train the checkpoints of a set that are not there, each saved as soon as it is trained."""
     missing = missing_parts(expert_set, work_dir)
     if not missing:
         return

@@ -10,7 +10,7 @@ from tiny_experts.evaluate import exact_match
 from tiny_experts.example import Example
 
 from quality.problem import Problem, State, set_weights
-from quality.questions import line_text, question_text
+from quality.questions import question_text
 
 BATCH = 32
 
@@ -25,8 +25,8 @@ class Quality:
 
     @property
     def elsewhere(self) -> float:
-        """Divergence on the other experts' questions and on plain lines."""
-        return statistics.fmean((self.divergence["others"], self.divergence["lines"]))
+        """Divergence on the other experts' questions, on plain lines and on unrelated instructions."""
+        return statistics.fmean(value for kind, value in self.divergence.items() if kind != "left out")
 
 
 class Measures:
@@ -35,11 +35,11 @@ class Measures:
     def __init__(self, problem: Problem):
         self.problem = problem
         tokenizer, questions = problem.tokenizer, problem.questions
-        lines = [line_text(line) for line in questions.lines]
         self._texts: list[dict[str, list[str]]] = [
             {
                 "others": [question_text(tokenizer, question) for question in questions.elsewhere(name)],
-                "lines": lines,
+                "lines": questions.lines,
+                "instructions": [question_text(tokenizer, question) for question in questions.instructions],
                 "left out": [question_text(tokenizer, question) for question in questions.left_out[name]],
             }
             for name in problem.names

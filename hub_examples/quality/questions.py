@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-from tiny_experts.evaluate import chat_prompt
+from tiny_experts.evaluate import chat_answer, chat_prompt
 from tiny_experts.example import Example
-from tiny_experts.examples import SKILLS, examples
-from tiny_experts.make_tiny_experts import BOS, EOS
-from tiny_experts.plain_lines import plain_lines
 from transformers import PreTrainedTokenizerBase
 
 from quality.expert_sets import ExpertSet
@@ -14,7 +11,6 @@ from quality.expert_sets import ExpertSet
 CALIBRATION_SEED = 1000  # far from the seeds of all trainings
 TEST_SEED = 2000
 ELSEWHERE_QUESTIONS = 48  # that each expert is asked from the other experts' skills
-ELSEWHERE_LINES = 12  # of each skill
 LEFT_OUT_QUESTIONS = 48  # of each expert
 
 
@@ -26,7 +22,8 @@ class Questions:
     tests: list[dict[str, list[Example]]]  # independent draws
     unseen: dict[str, list[Example]]  # of an expert's own kind, for the other experts' faithfulness
     left_out: dict[str, list[Example]]  # of families that calibration does not show; empty lists where it shows all
-    lines: list[str]
+    lines: list[str]  # plain text, as it is
+    instructions: list[Example]  # that have nothing to do with any expert
 
     def elsewhere(self, name: str) -> list[Example]:
         """Questions that the other experts were trained for, as many of each."""
@@ -39,17 +36,18 @@ def draw_questions(expert_set: ExpertSet, texts: int, tests: int, draws: int, se
     calibration, unseen, left_out = {}, {}, {}
     drawn: list[dict[str, list[Example]]] = [{} for _ in range(draws)]
     for expert in expert_set.experts:
-        families, hidden = expert_set.calibrated_families(expert), expert_set.left_out_families(expert)
-        calibration[expert.name] = examples(expert.skill, "train", texts, CALIBRATION_SEED + seed, families)
-        pool = examples(expert.skill, "test", draws * tests + ELSEWHERE_QUESTIONS, TEST_SEED + seed, families)
+        calibration[expert.name] = expert_set.draw(expert, "train", texts, CALIBRATION_SEED + seed)
+        pool = expert_set.draw(expert, "test", draws * tests + ELSEWHERE_QUESTIONS, TEST_SEED + seed)
         for number, draw in enumerate(drawn):
             draw[expert.name] = pool[number * tests : (number + 1) * tests]
         unseen[expert.name] = pool[draws * tests :]
         left_out[expert.name] = (
-            examples(expert.skill, "test", LEFT_OUT_QUESTIONS, TEST_SEED + seed, hidden) if hidden else []
+            expert_set.draw(expert, "test", LEFT_OUT_QUESTIONS, TEST_SEED + seed, left_out=True)
+            if expert_set.left_out
+            else []
         )
-    lines = [line for skill in SKILLS for line in plain_lines(skill, ELSEWHERE_LINES, TEST_SEED + seed)]
-    questions = Questions(calibration, drawn, unseen, left_out, lines)
+    lines, instructions = expert_set.lines(TEST_SEED + seed), expert_set.instructions()
+    questions = Questions(calibration, drawn, unseen, left_out, lines, instructions)
     check_disjoint(questions)
     return questions
 
@@ -65,6 +63,7 @@ def check_disjoint(questions: Questions) -> None:
         "test": questions.tests,
         "faithfulness": [questions.unseen],
         "left out": [questions.left_out],
+        "unrelated": [{"": questions.instructions}],
     }
     place = dict.fromkeys(questions.lines, "plain lines")
     for part, tables in parts.items():
@@ -77,8 +76,4 @@ def check_disjoint(questions: Questions) -> None:
 
 def question_text(tokenizer: PreTrainedTokenizerBase, question: Example) -> str:
     """A question with its answer, as the experts were trained on it."""
-    return f"{chat_prompt(tokenizer, question.prompt)} {question.completion}{EOS}"
-
-
-def line_text(line: str) -> str:
-    return f"{BOS} {line}{EOS}"
+    return chat_prompt(tokenizer, question.prompt) + chat_answer(tokenizer, question)

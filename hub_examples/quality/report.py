@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from quality.contenders import CONTENDERS
-from quality.expert_sets import SETS
+from quality.sets import SETS
 
 
 @dataclass(frozen=True)

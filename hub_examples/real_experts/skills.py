@@ -5,6 +5,7 @@ short fine-tune nearly all. The train and test split is that of the tiny experts
 """
 
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from tiny_experts.example import Example, Family
@@ -243,11 +244,16 @@ FAMILIES: dict[str, tuple[Family, ...]] = {
 SKILLS = tuple(FAMILIES)
 
 
-def skill_examples(skill: str, split: Literal["train", "test"], count: int, seed: int) -> list[Example]:
-    """`count` different questions of one skill and split; the same arguments give the same list."""
+def skill_examples(
+    skill: str, split: Literal["train", "test"], count: int, seed: int, families: Sequence[Family] | None = None
+) -> list[Example]:
+    """`count` different questions of one skill and split, of all its families or of those given.
+
+    The same arguments give the same list.
+    """
 
     def draw(rng: random.Random) -> Example:
-        example = rng.choice(FAMILIES[skill])(rng)
+        example = rng.choice(families or FAMILIES[skill])(rng)
         return Example(rng.choice(LEAD_INS) + example.prompt, example.completion)
 
     return draw_examples(draw, split, count, f"real/{skill}/{split}/{seed}")

@@ -24,6 +24,7 @@ MODULES = (
     "problem",
     "questions",
     "rounding",
+    "sets",
     "shared_basis",
 )
 
@@ -179,10 +180,10 @@ def test_model_groups_keep_twins_together(quality, tmp_path):
     assert max(relative_errors(problem, quality.coarse_groups.random_groups(problem).views)) > 0.3
 
 
-@pytest.mark.parametrize("name", ["demo", "heavy8", "heavy-b", "light"])
+@pytest.mark.parametrize("name", ["demo", "heavy8", "heavy-b", "light", "real"])
 def test_texts_of_a_set_are_disjoint(quality, name):
     """Drawing them checks it; a text in two places is refused."""
-    drawn = quality.questions.draw_questions(quality.expert_sets.SETS[name], texts=60, tests=20, draws=2, seed=1)
+    drawn = quality.questions.draw_questions(quality.sets.SETS[name], texts=60, tests=20, draws=2, seed=1)
     first = next(iter(drawn.tests[0]))
     drawn.calibration[first].append(drawn.tests[1][first][0])
     with pytest.raises(ValueError, match="both a calibration and a test text"):
@@ -191,7 +192,7 @@ def test_texts_of_a_set_are_disjoint(quality, name):
 
 def test_left_out_families_are_in_no_calibration(quality):
     """Their questions are asked, and calibration is drawn from the others."""
-    expert_set = quality.expert_sets.SETS["heavy-b"]
+    expert_set = quality.expert_sets.SMALL_SETS["heavy-b"]
     for expert in expert_set.experts:
         left_out, calibrated = expert_set.left_out_families(expert), expert_set.calibrated_families(expert)
         assert len(left_out) == 2 and not set(left_out) & set(calibrated)
@@ -205,3 +206,14 @@ def test_an_average_is_counted_as_one_model(quality, problem):
     assert max(relative_errors(problem, stored.views)) < 1
     calibration = quality.converted.write_calibration(problem).read_text(encoding="utf-8").splitlines()
     assert len(calibration) == 48 and set(json.loads(calibration[0])) == {"prompt", "completion", "expert"}
+
+
+def test_an_answer_is_what_follows_the_prompt(quality, problem):
+    """It ends with the token that ends a turn, whatever the chat template puts between turns."""
+    evaluate = importlib.import_module("tiny_experts.evaluate")
+    example = problem.questions.calibration["math"][0]
+    assert evaluate.chat_answer(problem.tokenizer, example) == f" {example.completion}{problem.tokenizer.eos_token}"
+    chat_ml = importlib.import_module("real_experts.make_real_experts").CHAT_TEMPLATE
+    problem.tokenizer.chat_template = chat_ml
+    assert evaluate.chat_prompt(problem.tokenizer, example.prompt).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert evaluate.chat_answer(problem.tokenizer, example) == f"{example.completion}<|im_end|>"
