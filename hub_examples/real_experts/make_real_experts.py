@@ -46,6 +46,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+STEPS = {"arithmetic": 120, "python": 60, "extraction": 60, "german": 60}  # until the loss falls no more
 WORK_DIR = Path(__file__).parents[1] / ".quality" / "real"
 
 
@@ -53,7 +54,6 @@ WORK_DIR = Path(__file__).parents[1] / ".quality" / "real"
 class Settings:
     """Schedule of a fine-tune, and what it is tested and calibrated with."""
 
-    steps: int = 120
     batch_size: int = 8
     learning_rate: float = 1e-4
     test_questions: int = 100
@@ -98,20 +98,32 @@ def make_base(folder: Path) -> None:
     save(model, tokenizer, folder)
 
 
+class AnswerCollator:
+    """Padded on the left, so that the answers stand last and only their logits need be computed."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.pad = DataCollatorForSeq2Seq(tokenizer)
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | int]:
+        batch = self.pad(rows)
+        last = 1 + int((batch["labels"] != -100).sum(1).max())
+        return {**batch, "labels": batch["labels"][:, -last:], "logits_to_keep": last}
+
+
 def make_expert(base: Path, folder: Path, skill: str, settings: Settings) -> None:
     """Fine-tune all parameters of the base on train questions of one skill."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    questions = skill_examples(skill, "train", settings.steps * settings.batch_size, settings.train_seed)
+    questions = skill_examples(skill, "train", STEPS[skill] * settings.batch_size, settings.train_seed)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=folder.with_name(f".{skill}.trainer"),
-            max_steps=settings.steps,
+            max_steps=STEPS[skill],
             per_device_train_batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=settings.steps // 10,
+            warmup_steps=STEPS[skill] // 10,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=10,
@@ -120,7 +132,7 @@ def make_expert(base: Path, folder: Path, skill: str, settings: Settings) -> Non
             seed=settings.train_seed,
         ),
         train_dataset=[vars(question_sequence(tokenizer, question)) for question in questions],
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=AnswerCollator(tokenizer),
     )
     trainer.train()
     save(model, tokenizer, folder)
