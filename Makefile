@@ -7,11 +7,11 @@ TEST_VENV := .venv-test
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean bench bench-conversion bench-quality bench-quality-real
+.PHONY: help demo test test-quantized lint format clean bench bench-conversion bench-quality bench-quality-real
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
-	@echo 'make test    run all tests'
+	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
@@ -25,6 +25,13 @@ demo: $(DEMO_VENV)/installed
 # One thread a worker: the models are tiny, and the workers share the cores.
 test: $(TEST_VENV)/installed
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+
+# torchao lies beside the environment: Transformers imports it wherever it finds it, and it prints lines at import.
+test-quantized: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
+		--target $(TEST_VENV)/quantize torchao
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TEST_VENV)/quantize $(TEST_VENV)/bin/python -m pytest \
+		tests/modeling_channel_merged/test_quantized_rows.py
 
 bench: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --mixed-batches 8 --new-tokens 16 \

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from .conftest import GREEDY, dense_expert, random_model
 
-torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+torchao = pytest.importorskip("torchao.quantization", reason="needs torchao: make test-quantized")
 
 # On a CPU, torchao holds four-bit values in a byte each; its packed ones need a GPU.
 WEIGHTS = {
@@ -110,3 +110,12 @@ def test_remote_code_in_a_fresh_offline_process(llama_model, prompts, tmp_path, 
     )
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "out.pt"), merged(prompts, expert_index=[0, 1, 2]).logits)
+
+
+@torch.no_grad()
+def test_a_head_of_its_own_is_quantized_when_asked(llama_model, prompts, tmp_path):
+    llama_model.save_pretrained(tmp_path)
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig(), include_input_output_embeddings=True)
+    merged = quantized(tmp_path, config)
+    assert type(merged.model.lm_head.rows.weight) is not nn.Parameter
+    assert merged(prompts, expert_index=[0, 1, 2]).logits.isfinite().all()
