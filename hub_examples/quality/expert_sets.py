@@ -24,7 +24,7 @@ BASE = "base"
 
 HEAVY = TrainingSettings(epochs=1, matrix_learning_rate=1e-2, learning_rate=1.5e-3, batch_size=16)
 LIGHT_BASE = TrainingSettings(epochs=3, matrix_learning_rate=1e-2, learning_rate=2e-3)
-LIGHT = TrainingSettings(epochs=1, matrix_learning_rate=3e-3, learning_rate=5e-4, batch_size=16)
+LIGHT = TrainingSettings(epochs=2, matrix_learning_rate=3e-3, learning_rate=5e-4, batch_size=32)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ SETS = {
         ExpertSet("heavy8", half_skills(), HEAVY, questions=5600, seed=20),
         ExpertSet("heavy-b", whole_skills(), HEAVY, questions=8000, seed=30, left_out=2),
         ExpertSet(
-            "light", whole_skills(), LIGHT, questions=3200, seed=40, base_training=LIGHT_BASE, base_questions=3000
+            "light", whole_skills(), LIGHT, questions=3000, seed=40, base_training=LIGHT_BASE, base_questions=3000
         ),
     )
 }
