@@ -22,9 +22,9 @@ from transformers import AutoTokenizer
 SHIPPED = Path(__file__).parents[1] / "tiny_experts"
 BASE = "base"
 
-HEAVY = TrainingSettings(epochs=1, matrix_learning_rate=1e-2, learning_rate=1.5e-3, batch_size=16)
+HEAVY = TrainingSettings(epochs=3, matrix_learning_rate=1e-2, learning_rate=1.5e-3, batch_size=32)
 LIGHT_BASE = TrainingSettings(epochs=3, matrix_learning_rate=1e-2, learning_rate=2e-3)
-LIGHT = TrainingSettings(epochs=2, matrix_learning_rate=3e-3, learning_rate=5e-4, batch_size=32)
+LIGHT = TrainingSettings(epochs=3, matrix_learning_rate=4e-3, learning_rate=8e-4, batch_size=32)
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ SETS = {
     expert_set.name: expert_set
     for expert_set in (
         ExpertSet("demo", whole_skills()),
-        ExpertSet("heavy8", half_skills(), HEAVY, questions=5600, seed=20),
-        ExpertSet("heavy-b", whole_skills(), HEAVY, questions=8000, seed=30, left_out=2),
+        ExpertSet("heavy8", half_skills(), HEAVY, questions=7500, seed=20),
+        ExpertSet("heavy-b", whole_skills(), HEAVY, questions=10000, seed=30, left_out=2),
         ExpertSet(
-            "light", whole_skills(), LIGHT, questions=3000, seed=40, base_training=LIGHT_BASE, base_questions=3000
+            "light", whole_skills(), LIGHT, questions=7500, seed=40, base_training=LIGHT_BASE, base_questions=3000
         ),
     )
 }
