@@ -1,6 +1,8 @@
 """Contenders that are this project's own conversions, made as a user makes them: a recipe in, a checkpoint out."""
 
+import contextlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,8 @@ def refined(problem: Problem, budget: float) -> Stored:
 
     choices, out = calibrated_choices(problem, budget), problem.scratch / f"refined-{budget}"
     checkpoint = converted(problem, f"calibrated-{budget}", choices)
-    refine(checkpoint, recipe_with(problem, choices), out, disable_tqdm=True)
+    with contextlib.redirect_stdout(sys.stderr):  # the Trainer's log; tables and JSON stay alone
+        refine(checkpoint, recipe_with(problem, choices), out)
     return read_stored(problem, out)
 
 
