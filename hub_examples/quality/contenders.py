@@ -50,7 +50,7 @@ ROUNDED = (8, 4)
 
 CONTENDERS = (
     Contender("base", base_alone),
-    Contender("experts", experts, bits=ROUNDED),
+    Contender("experts", experts, bits=(*ROUNDED, 3, 2)),  # what fewer bits alone would do, down to our sizes
     # One model: Task arithmetic is arXiv 2212.04089, TIES 2306.01708, DARE 2311.03099.
     Contender("average", partial(one_merge, method="linear", parameters={})),
     Contender("task arithmetic", partial(one_merge, method="task_arithmetic", parameters={"lambda": 0.5})),

@@ -1,6 +1,8 @@
 """Contenders that are this project's own conversions, made as a user makes them: a recipe in, a checkpoint out."""
 
+import contextlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,11 @@ def recipe_with(problem: Problem, choices: dict[str, Any]) -> Recipe:
 
 
 def converted(problem: Problem, name: str, choices: dict[str, Any]) -> Path:
-    """The checkpoint `name` of such a recipe."""
-    convert(recipe_with(problem, choices), problem.scratch / name, overwrite=True, progress=False)
-    return problem.scratch / name
+    """The checkpoint of such a recipe, made once for each name."""
+    folder = problem.scratch / name
+    if not folder.exists():
+        convert(recipe_with(problem, choices), folder, progress=False)
+    return folder
 
 
 def one_merge(problem: Problem, method: str, parameters: dict[str, float]) -> Stored:
@@ -46,7 +50,7 @@ def one_merge(problem: Problem, method: str, parameters: dict[str, float]) -> St
 def preset_groups(problem: Problem, preset: str, num_groups: int) -> Stored:
     """A preset of the paper (arXiv 2412.15283) at K groups a channel."""
     choices = {"preset": preset, "grouping": {"num_groups": num_groups}}
-    return read_stored(problem, converted(problem, preset, choices))
+    return read_stored(problem, converted(problem, f"{preset}-{num_groups}", choices))
 
 
 def half_the_rows(problem: Problem, preset: str) -> Stored | None:
@@ -57,7 +61,7 @@ def half_the_rows(problem: Problem, preset: str) -> Stored | None:
 
 def budget_alone(problem: Problem, budget: float) -> Stored:
     """Ours without any text."""
-    return read_stored(problem, converted(problem, "budget", {"grouping": {"budget": budget}}))
+    return read_stored(problem, converted(problem, f"budget-{budget}", {"grouping": {"budget": budget}}))
 
 
 def calibrated(problem: Problem, budget: float) -> Stored:
@@ -71,7 +75,8 @@ def refined(problem: Problem, budget: float) -> Stored:
 
     choices, out = calibrated_choices(problem, budget), problem.scratch / f"refined-{budget}"
     checkpoint = converted(problem, f"calibrated-{budget}", choices)
-    refine(checkpoint, recipe_with(problem, choices), out, overwrite=True)
+    with contextlib.redirect_stdout(sys.stderr):  # the Trainer's log; tables and JSON stay alone
+        refine(checkpoint, recipe_with(problem, choices), out)
     return read_stored(problem, out)
 
 

@@ -25,9 +25,9 @@ SHIPPED = Path(__file__).parents[1] / "tiny_experts"
 BASE = "base"
 LINES = 12  # of plain text of each skill
 
-HEAVY = TrainingSettings(epochs=1, matrix_learning_rate=1e-2, learning_rate=1.5e-3, batch_size=16)
+HEAVY = TrainingSettings(epochs=3, matrix_learning_rate=1e-2, learning_rate=1.5e-3, batch_size=32)
 LIGHT_BASE = TrainingSettings(epochs=3, matrix_learning_rate=1e-2, learning_rate=2e-3)
-LIGHT = TrainingSettings(epochs=1, matrix_learning_rate=3e-3, learning_rate=5e-4, batch_size=16)
+LIGHT = TrainingSettings(epochs=3, matrix_learning_rate=4e-3, learning_rate=8e-4, batch_size=32)
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ SMALL_SETS = {
     expert_set.name: expert_set
     for expert_set in (
         ExpertSet("demo", whole_skills()),
-        ExpertSet("heavy8", half_skills(), HEAVY, questions=5600, seed=20),
-        ExpertSet("heavy-b", whole_skills(), HEAVY, questions=8000, seed=30, left_out=2),
+        ExpertSet("heavy8", half_skills(), HEAVY, questions=7500, seed=20),
+        ExpertSet("heavy-b", whole_skills(), HEAVY, questions=10000, seed=30, left_out=2),
         ExpertSet(
-            "light", whole_skills(), LIGHT, questions=3200, seed=40, base_training=LIGHT_BASE, base_questions=3000
+            "light", whole_skills(), LIGHT, questions=7500, seed=40, base_training=LIGHT_BASE, base_questions=3000
         ),
     )
 }

@@ -9,6 +9,8 @@ from rich.table import Table
 from quality.contenders import CONTENDERS
 from quality.sets import SETS
 
+LARGEST_SHOWN = 0.62  # of the experts' bytes
+
 
 @dataclass(frozen=True)
 class Line:
@@ -92,7 +94,7 @@ def draw_curves(lines: list[Line], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [line for line in lines if line.error is None]
+    lines = [line for line in lines if line.error is None and line.bytes < LARGEST_SHOWN]
     sets = list(dict.fromkeys(line.set for line in lines))
     contenders = list(dict.fromkeys(line.contender for line in lines))
     colours = pyplot.get_cmap("tab20")
@@ -113,11 +115,10 @@ def draw_curves(lines: list[Line], file: Path) -> None:
             }
             sizes = [100 * line.bytes for line in group]
             axes[0, column].plot(sizes, [line.kept for line in group], **style)
-            axes[1, column].plot(sizes, [max(line.elsewhere, 1e-5) for line in group], **style)
+            axes[1, column].plot(sizes, [line.elsewhere for line in group], **style)
         axes[0, column].set_title(name)
         axes[1, column].set_yscale("log")
         axes[1, column].set_xlabel("bytes, % of the experts in bfloat16")
-        axes[0, column].set_xlim(5, 62)
     axes[0, 0].set_ylabel("kept of the experts' exact match")
     axes[1, 0].set_ylabel("KL elsewhere, nats a token")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,4 +1,4 @@
-"""Rows in int8 and int4: rounded to the nearest, symmetric, so that a view of a rounded row is the rounded view."""
+"""Rows in int8, int4 and less, rounded to the nearest, symmetric: a view of rounded rows is the rounded view."""
 
 from dataclasses import replace
 
@@ -6,12 +6,12 @@ import torch
 
 from quality.problem import BYTES, Problem, Stored, rounded
 
-GROUP = 32  # inputs that share a scale in int4
-LARGEST = {8: 127, 4: 7}
+GROUP = 32  # inputs that share a scale below int8
+LARGEST = {8: 127, 4: 7, 3: 3, 2: 1}
 
 
 def quantized(problem: Problem, stored: Stored, bits: int) -> Stored:
-    """All matrices of a contender that stores rows: int8 with a scale a row, or int4 with one for 32 inputs."""
+    """All matrices of a contender that stores rows: int8 with a scale a row, or less with one for 32 inputs."""
     assert stored.rows is not None
     views = [
         {name: tensor if tensor.ndim < 2 else nearest(tensor, bits) for name, tensor in view.items()}

@@ -149,7 +149,7 @@ def test_statistics_are_those_of_the_whole_batch(quality, problem):
     torch.testing.assert_close(together.gradient[name], squares.sqrt(), rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 3])
 def test_rounded_rows_are_counted_and_near(quality, problem, bits):
     stored = quality.converted.experts(problem)
     rounded = quality.rounding.quantized(problem, stored, bits)
@@ -163,7 +163,7 @@ def test_rounded_rows_are_counted_and_near(quality, problem, bits):
         for name in problem.matrices:
             groups = expert[name].unflatten(1, (1, -1) if bits == 8 else (-1, 32))
             # Half a step, and what the scale's own rounding to bfloat16 does to the largest.
-            bound = groups.abs().amax(-1, keepdim=True) * (0.5 / (127 if bits == 8 else 7) + 2**-8)
+            bound = groups.abs().amax(-1, keepdim=True) * (0.5 / (2 ** (bits - 1) - 1) + 2**-8)
             assert ((view[name] - expert[name]).unflatten(1, groups.shape[1:]).abs() <= bound).all()
 
 
