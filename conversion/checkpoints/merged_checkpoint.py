@@ -73,6 +73,7 @@ class MergedCheckpoint:
         self.source = checkpoint if isinstance(checkpoint, Source) else find_checkpoint(checkpoint)
         self.folder = self.source.folder
         self.config = read_merged_config(self.folder)
+        self._check_not_quantized()
         with foreign(f"{self.folder / 'config.json'}"):
             self.base_model, self.modules = base_architecture(self.config.text_config)
         self.tensors = read_headers(self.folder)
@@ -147,6 +148,15 @@ class MergedCheckpoint:
 
     def _module(self, path: str) -> torch.nn.Module:
         return self.base_model.get_submodule(path)
+
+    def _check_not_quantized(self) -> None:
+        quantization = getattr(self.config, "quantization_config", None)
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise ValueError(
+                f"{self.folder} is quantized ({method or 'unknown method'}), expected rows in floats: give the "
+                "checkpoint that it was made from, or load it with AutoModelForCausalLM.from_pretrained"
+            )
 
     def _check_names(self) -> None:
         if unknown := sorted(self.config.rows.keys() - self.modules.channel.keys()):

@@ -14,6 +14,14 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def chat_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """The text that follows `chat_prompt` where a model gives the right answer, with the token that ends it."""
+    messages = [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}]
+    conversation = tokenizer.apply_chat_template(messages, tokenize=False)
+    # A line break after the end stands before the next turn: no model generates it.
+    return conversation.removeprefix(chat_prompt(tokenizer, example.prompt)).rstrip("\n")
+
+
 @torch.inference_mode()
 def answers(
     model: PreTrainedModel,

@@ -7,6 +7,7 @@ whatever the seeds and counts; the facts behind a test question (3 + 4 is 7) may
 
 import hashlib
 import random
+from collections.abc import Sequence
 from typing import Literal
 
 from tiny_experts.chinese_skill import CHINESE_FAMILIES
@@ -51,20 +52,34 @@ def split_of(prompt: str) -> Literal["train", "test"]:
     return "test" if digest[0] % TEST_SHARE == 0 else "train"
 
 
-def examples(skill: str, split: Literal["train", "test"], count: int, seed: int) -> list[Example]:
-    """`count` different questions of one skill and split; the same arguments give the same list."""
-    if skill not in FAMILIES:
-        raise ValueError(f"unknown skill {skill!r}, expected one of {', '.join(SKILLS)}")
+def draw_examples(draw: Family, split: Literal["train", "test"], count: int, seed: str) -> list[Example]:
+    """`count` different questions of one split that `draw` gives; the same arguments give the same list."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}, expected 'train' or 'test'")
-    rng = random.Random(f"{skill}/{split}/{seed}")
+    rng = random.Random(seed)
     chosen: dict[str, Example] = {}
     for _ in range(MAX_TRIES_PER_EXAMPLE * count):
         if len(chosen) == count:
             break
-        example = asked_somehow(skill, rng.choice(FAMILIES[skill])(rng), rng)
+        example = draw(rng)
         if split_of(example.prompt) == split:
             chosen.setdefault(example.prompt, example)
     if len(chosen) < count:
-        raise ValueError(f"{skill} has too few {split} questions: found {len(chosen)}, asked for {count}")
+        raise ValueError(f"{seed}: too few {split} questions: found {len(chosen)}, asked for {count}")
     return list(chosen.values())
+
+
+def examples(
+    skill: str, split: Literal["train", "test"], count: int, seed: int, families: Sequence[Family] | None = None
+) -> list[Example]:
+    """`count` different questions of one skill and split, of all its families or of those given.
+
+    The same arguments give the same list.
+    """
+    if skill not in FAMILIES:
+        raise ValueError(f"unknown skill {skill!r}, expected one of {', '.join(SKILLS)}")
+
+    def draw(rng: random.Random) -> Example:
+        return asked_somehow(skill, rng.choice(families or FAMILIES[skill])(rng), rng)
+
+    return draw_examples(draw, split, count, f"{skill}/{split}/{seed}")

@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from tiny_experts.evaluate import chat_prompt, exact_match
+from tiny_experts.evaluate import chat_answer, chat_prompt, exact_match
 from tiny_experts.example import Example
 from tiny_experts.examples import SKILLS, examples
 from tiny_experts.plain_lines import plain_lines
@@ -149,7 +149,7 @@ def line_sequence(tokenizer: PreTrainedTokenizerFast, line: str) -> TokenizedTex
 def question_sequence(tokenizer: PreTrainedTokenizerFast, example: Example) -> TokenizedText:
     """A question and its answer, with the loss on the answer and its end."""
     prompt_ids = tokenizer(chat_prompt(tokenizer, example.prompt))["input_ids"]
-    completion_ids = tokenizer(" " + example.completion + EOS)["input_ids"]
+    completion_ids = tokenizer(chat_answer(tokenizer, example))["input_ids"]
     return TokenizedText(prompt_ids + completion_ids, labels=[IGNORED_LABEL] * len(prompt_ids) + completion_ids)
 
 

@@ -1,5 +1,7 @@
 """Reading one expert of a merged checkpoint gives what its export gives, however it is asked for."""
 
+import json
+
 import pytest
 import torch
 
@@ -40,3 +42,11 @@ def test_rows_in_any_order(stored, rows):
     with MergedCheckpoint(stored.folder) as merged:
         rows = torch.tensor(rows, dtype=torch.int64)
         assert torch.equal(read_rows_at(merged.reader, name, rows), merged.reader.read(name)[rows])
+
+
+def test_a_quantized_checkpoint_is_called_that(stored):
+    """Its rows have other names: it must not be taken for a damaged one."""
+    file = stored.folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": "torchao"}}))
+    with pytest.raises(ValueError, match=r"is quantized \(torchao\), expected rows in floats: .*made from"):
+        MergedCheckpoint(stored.folder)
