@@ -46,6 +46,7 @@ from quality.routing import routed_match
 from quality.sets import SETS
 
 BUDGETS = (0.55, 0.5, 0.4, 0.35, 0.3)
+WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console, start = parse_arguments(), Console(), time.perf_counter()
+    args, start = parse_arguments(), time.perf_counter()
+    console = Console(width=max(WIDTH, Console().width))  # of the tables, also in a file
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     for name in args.sets:

@@ -76,16 +76,27 @@ def refined(problem: Problem, budget: float) -> Stored:
     choices, out = calibrated_choices(problem, budget), problem.scratch / f"refined-{budget}"
     checkpoint = converted(problem, f"calibrated-{budget}", choices)
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer's log; tables and JSON stay alone
-        refine(checkpoint, recipe_with(problem, choices), out)
+        refine(checkpoint, recipe_with(problem, choices), out, train_data=str(write_calibration(problem)))
     return read_stored(problem, out)
 
 
 def calibrated_choices(problem: Problem, budget: float) -> dict[str, Any]:
     return {
         "preset": "recommended",
-        "calibration": {"data": write_calibration(problem).name},
+        "calibration": {"file": calibration_file(problem).name},
         "grouping": {"budget": budget},
     }
+
+
+def calibration_file(problem: Problem) -> Path:
+    """What the experts do on the calibration texts, measured once for all budgets."""
+    from conversion.calibrate import calibrate
+
+    file = problem.scratch / "calibration.safetensors"
+    if not file.exists():
+        texts = {"preset": "recommended", "calibration": {"data": write_calibration(problem).name}}
+        calibrate(recipe_with(problem, texts), file, progress=False)
+    return file
 
 
 def write_calibration(problem: Problem) -> Path:
