@@ -11,7 +11,7 @@ from conversion.merging.recipe import Recipe
 from conversion.refinement.arguments import OUTPUT_HELP, RefineArguments
 from conversion.training.argument_parser import parse_dataclasses
 
-MAX_STEPS = 300
+MAX_STEPS = 200
 NOT_IN_RECIPES = ("checkpoint", "output_dir", "overwrite", "resume_from_checkpoint")
 
 
@@ -20,7 +20,7 @@ class RefineTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for a short training of rows that are nearly right."""
 
     output_dir: str = field(metadata={"help": OUTPUT_HELP})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Highest learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of a rising rate, below 1: a share of all."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
