@@ -121,20 +121,21 @@ class GroupSolver:
         if any(use.covariances is not None for use in uses):
             self._factor = _cholesky(_weighted_sum(uses, self._members, self._means))
 
-    def solve(self, deltas: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
+    def solve(self, deltas: torch.Tensor, products: Sequence[torch.Tensor], channels: torch.Tensor) -> torch.Tensor:
         """The merged delta (C, I) float64; without covariances it is the mean with each channel's own weights.
 
         Args:
             deltas: the members' (M, C, I), any float dtype.
+            products: from `times_inputs`, for each use the members' (M, C, I).
             channels: (C,) of the matrix.
         """
         if self._factor is None:
             weights = sum(self._weights(use, channels) for use in self._uses)
             return weighted_mean(deltas, weights.to(deltas.device))
         right = torch.zeros(deltas.shape[1:], dtype=torch.float64, device=deltas.device)
-        for use, means in zip(self._uses, self._means, strict=True):
-            for member, delta, mean in zip(self._members, deltas, means, strict=True):
-                right += _times(mean * delta.double(), use, member)
+        for means, of_use in zip(self._means, products, strict=True):
+            for mean, product in zip(means, of_use, strict=True):
+                right.add_(product, alpha=mean)
         return torch.cholesky_solve(right.T, self._factor).T
 
     def bias(self, deltas: torch.Tensor) -> torch.Tensor:
@@ -142,24 +143,25 @@ class GroupSolver:
         means = torch.tensor(self._means, dtype=torch.float64, device=deltas.device).sum(0)
         return weighted_mean(deltas, means[:, None].expand(deltas.shape[:2]))
 
-    def costs(self, deltas: Sequence[torch.Tensor], channels: torch.Tensor) -> torch.Tensor:
-        """What the group costs: (C,) float64.
+    def costs(
+        self, deltas: Sequence[torch.Tensor], products: Sequence[torch.Tensor], channels: torch.Tensor
+    ) -> torch.Tensor:
+        """What the group costs: (C,) float64, from products in float32.
 
         Args:
             deltas: the members' deltas of the weight (M, C, I), and of a bias (M, C, 1).
-            channels: (C,) of the matrix.
+            products, channels: as `solve` takes them.
         """
         weight, *biases = deltas
-        merged, merged_biases = self.solve(weight, channels), [self.bias(bias) for bias in biases]
+        merged, merged_biases = self.solve(weight, products, channels), [self.bias(bias) for bias in biases]
         total = torch.zeros(len(channels), dtype=torch.float64, device=weight.device)
-        for use in self._uses:
-            weights = self._weights(use, channels).to(weight.device)
-            for place, member in enumerate(self._members):
-                away = weight[place].double() - merged
-                squares = (_times(away, use, member) * away).sum(1)
-                for bias, mean in zip(biases, merged_biases, strict=True):
-                    squares += (bias[place].double() - mean).square().sum(1)
-                total += weights[place] * squares
+        for place, member in enumerate(self._members):
+            away = (weight[place].double() - merged).float()
+            bias_squares = sum((bias[place] - mean).square().sum(1) for bias, mean in zip(biases, merged_biases))
+            for use in self._uses:
+                product = away if use.covariances is None else away @ use.covariances[member]
+                squares = (product * away).sum(1, dtype=torch.float64) + bias_squares
+                total += self._weights(use, channels)[place].to(total.device) * squares
         return total
 
     def _weights(self, use: Use, channels: torch.Tensor) -> torch.Tensor:
@@ -177,14 +179,22 @@ def weighted_mean(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return total.div_(torch.where(weight_sum > 0, weight_sum, 1)[:, None])
 
 
-def _times(rows: torch.Tensor, use: Use, expert: int) -> torch.Tensor:
-    """Rows (C, I) float64 times an expert's covariance, which is widened some columns at a time."""
-    if use.covariances is None:
-        return rows
-    product = torch.empty_like(rows)
-    for start in range(0, rows.shape[1], TILE):
-        product[:, start : start + TILE] = rows @ use.covariances[expert, :, start : start + TILE].double()
-    return product
+def times_inputs(uses: Sequence[Use], deltas: torch.Tensor, experts: Sequence[int]) -> list[torch.Tensor]:
+    """For each use the experts' deltas (M, C, I), any float dtype, times their covariances: (M, C, I) float64."""
+    products = []
+    for use in uses:
+        product = torch.empty(deltas.shape, dtype=torch.float64, device=deltas.device)
+        for place, expert in enumerate(experts):
+            wide = deltas[place].double()
+            if use.covariances is None:
+                product[place] = wide
+                continue
+            for start in range(0, deltas.shape[2], TILE):
+                product[place, :, start : start + TILE] = (
+                    wide @ use.covariances[expert, :, start : start + TILE].double()
+                )
+        products.append(product)
+    return products
 
 
 def _weighted_sum(uses: Sequence[Use], experts: Sequence[int], weights: Sequence[Sequence[float]]) -> torch.Tensor:

@@ -83,13 +83,13 @@ def spending_bytes(plan: Plan) -> int:
 
 def metric_bytes(plan: Plan, path: str) -> int:
     """What a thread holds of a calibration: the costs of all groups, covariances, and while one is factored its sum,
-    factor and a copy; deltas, merged rows and products of one chunk in float64."""
+    factor and a copy; products and merged rows of one chunk in float64, of two uses."""
     module = plan.modules.channel[path]
     if plan.recipe.calibration is None:
         return 0
     groups = 2 << plan.num_experts if plan.num_experts <= MAX_ENUMERATED else 0
     numbers = module.out_features * (groups + 6 * plan.num_experts)
-    numbers += CALIBRATED_CHANNELS * module.in_features * (plan.num_experts + 4)
+    numbers += CALIBRATED_CHANNELS * module.in_features * (5 * plan.num_experts + 4)
     if module.kind == "embedding" and path not in {other.tied_to for other in plan.modules.channel.values()}:
         return 8 * numbers
     square = module.in_features**2

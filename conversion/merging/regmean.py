@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from conversion.channels.channel_loss import GroupSolver, Use
+from conversion.channels.channel_loss import GroupSolver, Use, times_inputs
 from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.channels.merge_methods import row_deltas
 from conversion.merging.block_reader import Block, BlockReader
@@ -66,7 +66,10 @@ class RegMean:
             (C, I) float32.
         """
         solver, deltas = self._solvers[members], row_deltas(base, rows)
-        merged = solver.bias(deltas) if block.base.dim() == 1 else solver.solve(deltas, channels + block.start)
+        if block.base.dim() == 1:
+            return solver.bias(deltas).add_(base).float()
+        products = times_inputs(self._uses, deltas, members)
+        merged = solver.solve(deltas, products, channels.cpu() + block.start)
         return merged.add_(base).float()
 
 
@@ -99,10 +102,12 @@ def group_costs(plan: Plan, costs: ChannelCosts, blocks: BlockReader, path: str,
         solvers = {mask: make_solver(path, uses, members_of(mask)) for mask in now}
         for parameters in blocks.blocks(path):
             deltas = [block.deltas() for block in parameters]
+            products = times_inputs(uses, deltas[0], range(plan.num_experts))
             here = torch.arange(parameters[0].start, parameters[0].stop)
             for mask, solver in solvers.items():
-                own = [delta[list(members_of(mask))] for delta in deltas]
-                total[mask, here] = solver.costs(own, here).cpu()
+                members = list(members_of(mask))
+                own, own_products = [delta[members] for delta in deltas], [product[members] for product in products]
+                total[mask, here] = solver.costs(own, own_products, here).cpu()
             bar.update(sum(block.num_bytes for block in parameters) * len(now) / len(groups))
     if present is not None:
         bits = (present * (1 << torch.arange(plan.num_experts))[:, None]).sum(0)  # (O,)

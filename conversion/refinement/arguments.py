@@ -76,5 +76,5 @@ def option_help() -> list[tuple[str, str]]:
     options = (option for option in fields(RefineArguments) if option.name != "checkpoint")
     return [
         ("--recipe RECIPE", "What the checkpoint was made from; its `refine:` may hold these options. [required]"),
-        *describe_options(options, OUTPUT_HELP, "--learning-rate 1e-3, --max-steps 300, ..."),
+        *describe_options(options, OUTPUT_HELP, "--learning-rate 5e-4, --max-steps 200, ..."),
     ]
