@@ -72,5 +72,7 @@ CONTENDERS = (
     Contender("shared basis, by inputs", shared_basis_by_inputs, budgets=True),
     Contender("ours, no texts", budget_alone, budgets=True),
     Contender("ours, calibrated", calibrated, budgets=True, bits=ROUNDED),
+    Contender("ours, calibrated, general text", partial(calibrated, general=True), budgets=True),
     Contender("ours, refined", refined, budgets=True, bits=ROUNDED),
+    Contender("ours, refined, general text", partial(refined, general=True), budgets=True, bits=ROUNDED),
 )

@@ -14,7 +14,7 @@ from conversion.convert import convert
 from conversion.merging.recipe import Recipe, parse_recipe
 from quality.problem import BYTES, Problem, State, Stored
 
-CALIBRATION_FILE = "calibration.jsonl"
+GENERAL_SHARE = 0.25  # texts of the other experts, for each of an expert's own, where general text is asked for
 
 
 def recipe_with(problem: Problem, choices: dict[str, Any]) -> Recipe:
@@ -64,49 +64,62 @@ def budget_alone(problem: Problem, budget: float) -> Stored:
     return read_stored(problem, converted(problem, f"budget-{budget}", {"grouping": {"budget": budget}}))
 
 
-def calibrated(problem: Problem, budget: float) -> Stored:
-    """Ours as recommended: a budget, spent by what the channels do on the calibration texts."""
-    return read_stored(problem, converted(problem, f"calibrated-{budget}", calibrated_choices(problem, budget)))
+def calibrated(problem: Problem, budget: float, general: bool = False) -> Stored:
+    """Ours as recommended: a budget, spent by what the channels do on the calibration texts.
+
+    With `general`, every expert is also calibrated on some texts of the others.
+    """
+    return read_stored(problem, calibrated_checkpoint(problem, budget, general))
 
 
-def refined(problem: Problem, budget: float) -> Stored:
+def refined(problem: Problem, budget: float, general: bool = False) -> Stored:
     """The same, then trained on the calibration texts with the experts as teachers."""
     from conversion.refine import refine
 
-    choices, out = calibrated_choices(problem, budget), problem.scratch / f"refined-{budget}"
-    checkpoint = converted(problem, f"calibrated-{budget}", choices)
+    checkpoint = calibrated_checkpoint(problem, budget, general)
+    out = problem.scratch / f"refined-{checkpoint.name}"
+    recipe = recipe_with(problem, calibrated_choices(problem, budget, general))
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer's log; tables and JSON stay alone
-        refine(checkpoint, recipe_with(problem, choices), out, train_data=str(write_calibration(problem)))
+        refine(checkpoint, recipe, out, train_data=str(write_calibration(problem, general)))
     return read_stored(problem, out)
 
 
-def calibrated_choices(problem: Problem, budget: float) -> dict[str, Any]:
+def calibrated_checkpoint(problem: Problem, budget: float, general: bool) -> Path:
+    name = f"calibrated-{budget}{'-general' * general}"
+    return converted(problem, name, calibrated_choices(problem, budget, general))
+
+
+def calibrated_choices(problem: Problem, budget: float, general: bool) -> dict[str, Any]:
     return {
         "preset": "recommended",
-        "calibration": {"file": calibration_file(problem).name},
+        "calibration": {"file": calibration_file(problem, general).name},
         "grouping": {"budget": budget},
     }
 
 
-def calibration_file(problem: Problem) -> Path:
+def calibration_file(problem: Problem, general: bool) -> Path:
     """What the experts do on the calibration texts, measured once for all budgets."""
     from conversion.calibrate import calibrate
 
-    file = problem.scratch / "calibration.safetensors"
+    texts = write_calibration(problem, general)
+    file = texts.with_suffix(".safetensors")
     if not file.exists():
-        texts = {"preset": "recommended", "calibration": {"data": write_calibration(problem).name}}
-        calibrate(recipe_with(problem, texts), file, progress=False)
+        choices = {"preset": "recommended", "calibration": {"data": texts.name}}
+        calibrate(recipe_with(problem, choices), file, progress=False)
     return file
 
 
-def write_calibration(problem: Problem) -> Path:
+def write_calibration(problem: Problem, general: bool) -> Path:
     """The calibration texts of all experts, as a recipe names them."""
-    file = problem.scratch / CALIBRATION_FILE
-    rows = [
-        {"prompt": text.prompt, "completion": text.completion, "expert": name}
-        for name, texts in problem.questions.calibration.items()
-        for text in texts
-    ]
+    file = problem.scratch / f"calibration{'-general' * general}.jsonl"
+    own = problem.questions.calibration
+    texts = [(name, text) for name, questions in own.items() for text in questions]
+    if general:
+        for name, questions in own.items():
+            others = [text for other, found in own.items() if other != name for text in found]
+            step = len(others) / (GENERAL_SHARE * len(questions))
+            texts += [(name, others[int(place * step)]) for place in range(int(GENERAL_SHARE * len(questions)))]
+    rows = [{"prompt": text.prompt, "completion": text.completion, "expert": name} for name, text in texts]
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     file.write_text("".join(lines), encoding="utf-8")
     return file
