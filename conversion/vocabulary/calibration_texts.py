@@ -1,6 +1,7 @@
 """Texts to calibrate on: each as its expert will be served after the merge, in ids of the merged vocabulary.
 
-The rows have an `expert`, and a `prompt` and its `completion`, or `messages` with a turn of the assistant last. A
+The rows have an `expert` (or "*": every expert reads it), and a `prompt` and its `completion`, or `messages` with a
+turn of the assistant last. A
 prompt stands in the expert's chat template where there is one; the loss is on the answer alone, which ends with the
 token that ends the expert's answers.
 """
@@ -18,6 +19,7 @@ from conversion.vocabulary.prompts import Prompt, with_valid_text
 
 logger = logging.getLogger(__name__)
 
+EVERY_EXPERT = "*"
 FEW_TEXTS = 16
 MAX_LENGTH = 1024
 KEPT_OF_PROMPT = 4  # of a text that is too long the prompt keeps a quarter, and the answer the rest
@@ -58,26 +60,21 @@ def read_calibration_texts(
     texts, num_cut = [], 0
     for number, row in enumerate(table.rows, start=1):
         place = f"{data}, row {number}"
-        if (name := row.get("expert")) not in names:
+        if (name := row.get("expert")) not in (*names, EVERY_EXPERT):
             raise ValueError(f"{place}: unknown expert {reprlib.repr(name)}, the recipe has {names}")
-        expert = names.index(name)
         prompt, answer = _prompt_and_answer(row, place)
         if not chat and not isinstance(prompt, str):
             raise ValueError(f"{place} has messages, but no model has a chat template: give prompt and completion")
-        try:
-            start, end = speakers[expert].encode_answer(prompt, answer, chat)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
-        if not end:
-            raise ValueError(f"{place}: the tokenizer of {name} makes no token of the answer {reprlib.repr(answer)}")
-        end = _ended(end, vocabulary, expert)
-        for token in (*start, *end):
-            if not vocabulary.present[expert, token]:
-                token_name = vocabulary.tokenizer.convert_ids_to_tokens(token)
-                raise ValueError(f"{place}: expert {name!r} does not have the token {token_name!r} of this text")
-        num_cut += len(start) + len(end) > max_length
-        start, end = _shortened(start, end, max_length)
-        texts.append(CalibrationText(expert, [*start, *end], len(start)))
+        for expert in range(len(names)) if name == EVERY_EXPERT else [names.index(name)]:
+            try:
+                start, end = _encoded(speakers[expert], vocabulary, expert, prompt, answer, chat)
+            except ValueError as error:
+                if name == EVERY_EXPERT:  # one expert lacks a token of it: the text is for the others
+                    continue
+                raise ValueError(f"{place}: {error}") from None
+            num_cut += len(start) + len(end) > max_length
+            start, end = _shortened(start, end, max_length)
+            texts.append(CalibrationText(expert, [*start, *end], len(start)))
     if num_cut:
         logger.warning(
             "%s: %d of %d texts have more than %d tokens, their prompts lost their beginning",
@@ -88,6 +85,21 @@ def read_calibration_texts(
         )
     _check_counts(texts, names, data)
     return texts
+
+
+def _encoded(
+    speaker: ExpertTokenizer, vocabulary: MergedVocabulary, expert: int, prompt: Prompt, answer: str, chat: bool
+) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt and of its answer, which has some and ends; all of them are the expert's."""
+    start, end = speaker.encode_answer(prompt, answer, chat)
+    if not end:
+        raise ValueError(f"the tokenizer of {speaker.name} makes no token of the answer {reprlib.repr(answer)}")
+    end = _ended(end, vocabulary, expert)
+    for token in (*start, *end):
+        if not vocabulary.present[expert, token]:
+            token_name = vocabulary.tokenizer.convert_ids_to_tokens(token)
+            raise ValueError(f"expert {speaker.name!r} does not have the token {token_name!r} of this text")
+    return start, end
 
 
 def _prompt_and_answer(row: dict[str, Any], place: str) -> tuple[Prompt, str]:

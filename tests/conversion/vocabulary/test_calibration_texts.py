@@ -68,6 +68,11 @@ def test_prompts_are_those_of_the_merged_checkpoint(llama, read, tmp_path, sourc
         assert text.input_ids[: text.answer_start] == speaker.encode("2 + 3?", chat=True)
 
 
+def test_a_text_can_be_for_every_expert(read):
+    """In each one's own template."""
+    assert read([{**ROWS[0], "expert": "*"}]) == read(ROWS)
+
+
 def test_a_conversations_loss_is_on_its_last_answer(llama, read):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "de")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -191,6 +196,9 @@ def test_tokens_that_an_expert_lacks_are_refused(llama, read, tmp_path):
         read([{"prompt": "a", "completion": "<lost>", "expert": "lost"}], vocabulary)
     with pytest.raises(ValueError, match="row 1: expert 'bare' does not have the token '<new>' of this text"):
         read([{"prompt": "a<new>", "completion": "b", "expert": "bare"}], vocabulary)
+    own = [{"prompt": "a", "completion": "b", "expert": name} for name in ("lost", "bare")]
+    texts = read([*own, {"prompt": "a<new>", "completion": "b", "expert": "*"}], vocabulary)
+    assert [text.expert for text in texts] == [0, 1, 0]
 
 
 def test_half_a_surrogate_pair_is_replaced(read):
