@@ -9,10 +9,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from conversion.merging.recipe import Recipe
 
 DEBUG_VARIABLE = "CHANNEL_MERGE_DEBUG"
 MAX_ERROR = 1000  # characters: a file may hold values of any length
@@ -77,30 +80,57 @@ def convert(
         Console().print(*plan_tables(plan), sep="\n", soft_wrap=True)
         return
     from conversion.convert import convert as run
-    from conversion.io.staged_folder import check_target
+    from conversion.io.staged_folder import working_folder
     from conversion.merging.recipe import load_recipe
 
-    loaded, merged = load_recipe(recipe), out
-    if loaded.refine is not None:
-        check_target(out, overwrite)
-        merged = out.resolve().with_name(f".{out.resolve().name}.unrefined")
+    loaded, on_the_way = load_recipe(recipe), working_folder(out, "unrefined")
+    if refines := loaded.refine is not None:
+        from conversion.refine import check_refinement
+
+        check_refinement(loaded, out, overwrite)
     conversion = run(
         loaded,
-        merged,
-        overwrite=overwrite or merged != out,
+        on_the_way / "merged" if refines else out,
+        overwrite=overwrite or refines,
+        reuse=refines,
         max_shard_size=max_shard_size,
         max_memory=max_memory,
         device=device,
         progress=progress,
     )
-    if merged != out:
-        from conversion.refine import refine as run_refinement
-
-        run_refinement(merged, loaded, out, overwrite=overwrite, use_cpu=device == "cpu", disable_tqdm=not progress)
-        shutil.rmtree(merged)
+    if refines:
+        refine_conversion(conversion.folder, loaded, out, overwrite, max_shard_size, device, progress)
+    shutil.rmtree(on_the_way, ignore_errors=True)  # also that of a recipe that refined before
     parameters = conversion.report["parameters"]
     share = parameters["stored"] / parameters["experts"]
     typer.echo(f"{out}: {parameters['stored']:,} parameters, {share:.1%} of the experts' {parameters['experts']:,}")
+
+
+def refine_conversion(
+    merged: Path, recipe: "Recipe", out: Path, overwrite: bool, max_shard_size: str, device: str, progress: bool
+) -> None:
+    """The second half of a conversion that refines, in the same process; a failure says where the first half is."""
+    from rich.console import Console
+
+    from conversion.refine import refine as run
+    from conversion.refinement.record import refinement_table
+
+    try:
+        record = run(
+            merged,
+            recipe,
+            out,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            use_cpu=device == "cpu",
+            disable_tqdm=not progress,
+        )
+    except BaseException:
+        logging.getLogger("conversion").warning(
+            "the merged model, not refined, is kept in %s: the same command goes on from there", merged
+        )
+        raise
+    Console().print(*refinement_table(record), sep="\n")
 
 
 @app.command()

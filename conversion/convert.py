@@ -26,10 +26,12 @@ from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.hub.conversion_report import add_relative_errors, conversion_report, package_versions
 from conversion.hub.model_folder import write_hub_files
 from conversion.io.code_hash import code_hash
+from conversion.io.foreign_files import read_json
+from conversion.io.model_files import REPORT_FILE
 from conversion.io.options import find_device, parse_size
 from conversion.io.shard_writer import ShardWriter
 from conversion.io.sources import check_unchanged
-from conversion.io.staged_folder import StagedFolder, check_disk_space
+from conversion.io.staged_folder import StagedFolder, check_disk_space, is_result
 from conversion.merging.block_reader import BlockReader
 from conversion.merging.calibration_source import find_calibration
 from conversion.merging.channel_costs import ChannelCosts
@@ -60,13 +62,14 @@ def convert(
     out: Path | str,
     *,
     overwrite: bool = False,
+    reuse: bool = False,
     max_memory: int | str = MAX_MEMORY,
     chunk_bytes: int = CHUNK_BYTES,
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
     progress: bool = True,
 ) -> Conversion:
-    """Merge the experts of a recipe into one channel-merged checkpoint.
+    """Merge the experts of a recipe into one channel-merged checkpoint; what it says of refining is only checked.
 
     A conversion that is stopped keeps its finished parts in a hidden folder beside `out`; the same call goes on from
     there. Changed inputs, another recipe or another version start afresh.
@@ -75,6 +78,7 @@ def convert(
         recipe: a recipe, or the path of its YAML file.
         out: the folder to make. It appears only when it is complete.
         overwrite: replace a model folder that is there.
+        reuse: leave it where this very conversion made it.
         max_memory: memory that may be used beside the interpreter's own, bytes or a size such as "2GB"; no result
             depends on it, nor on the next.
         chunk_bytes: the most bytes of float32 rows that a thread takes at a time.
@@ -107,6 +111,8 @@ def convert(
         max_shard_size=shard_bytes,
         device=str(torch_device),
     )
+    if reuse and is_result(out, fingerprint):
+        return Conversion(out, read_json(out / REPORT_FILE))
     check_disk_space(out, plan.max_bytes + (source.disk_bytes if source else 0), fingerprint)
     with contextlib.ExitStack() as stack:
         staged = stack.enter_context(StagedFolder(out, overwrite, fingerprint))

@@ -2,13 +2,13 @@
 
 import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.source_card import read_card
-from conversion.io.sources import without_folder
 from conversion.io.weight_files import dtype_text
 from conversion.merging.grouped_module import LOSSES, GroupedModule
 from conversion.merging.plan import Plan
@@ -97,8 +97,11 @@ def recipe_record(plan: Plan) -> dict[str, Any]:
     record = plan.recipe.record()
     experts = [{**spec, "model": source.shown} for spec, source in zip(record["experts"], plan.experts, strict=True)]
     record |= {"base_model": plan.base.shown, "experts": experts}
-    if "calibration" in record:
-        record["calibration"] = {key: without_folder(place) for key, place in record["calibration"].items()}
+    for options in (record.get("calibration", {}), record.get("refine", {})):
+        for key, value in options.items():
+            if value and isinstance(value, str):
+                place = plan.recipe.folder / Path(value).expanduser()
+                options[key] = place.resolve().name if place.exists() else value
     return record
 
 

@@ -57,6 +57,9 @@ class RefineArguments:
             "help": f"What the experts run in and the rows train in: {', '.join(DTYPES)}; stored as before.",
         },
     )
+    max_shard_size: str = field(
+        default="5GB", metadata={"metavar": "SIZE", "help": "Largest size of one safetensors file."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace a model in the output folder."})
 
     def __post_init__(self):

@@ -56,10 +56,15 @@ def parse_options(
     Raises:
         ValueError: an unknown option, a missing one, or a value that cannot be.
     """
-    own = recipe.refine or {}
+    own = dict(recipe.refine or {})
     for name in NOT_IN_RECIPES:
         if name in own:
             raise ValueError(f"refine.{name} of the recipe is given where the recipe is used: leave it out there")
+    if isinstance(data := own.get("train_data"), str):
+        # Here, for its library of data sets is slow to load and of no use to conversions that do not refine.
+        from conversion.io.data_rows import find_data
+
+        own["train_data"] = find_data(data, recipe.folder)
     args, training_args = parse_dataclasses(
         arguments, RefineArguments, RefineTrainingArguments, defaults={**own, **options}, source="refine"
     )
