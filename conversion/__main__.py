@@ -54,7 +54,13 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint; must be new or empty.")],
     overwrite: Overwrite = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
-    max_memory: Annotated[str, typer.Option(help="Memory to use beside the interpreter's own.")] = "2GB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory to use beside the interpreter's own, and while experts are calibrated beside one expert's "
+            "weights; default: 2GB, with a calibration 6GB."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ...")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check, and print the plan: tensors, rows, sizes, memory.")

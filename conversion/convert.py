@@ -37,7 +37,7 @@ from conversion.merging.calibration_source import find_calibration
 from conversion.merging.channel_costs import ChannelCosts
 from conversion.merging.grouped_module import all_modules
 from conversion.merging.grouping_pass import group_modules
-from conversion.merging.memory_budget import CHUNK_BYTES, plan_memory
+from conversion.merging.memory_budget import CHUNK_BYTES, memory_limit, plan_memory
 from conversion.merging.merging_pass import output_tensors, write_modules
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
@@ -45,8 +45,6 @@ from conversion.merging.workers import Workers
 from conversion.refinement.training_arguments import check_recipe_options
 
 logger = logging.getLogger(__name__)
-
-MAX_MEMORY = "2GB"
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def convert(
     *,
     overwrite: bool = False,
     reuse: bool = False,
-    max_memory: int | str = MAX_MEMORY,
+    max_memory: int | str | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     max_shard_size: int | str = "5GB",
     device: str = "cpu",
@@ -79,8 +77,9 @@ def convert(
         out: the folder to make. It appears only when it is complete.
         overwrite: replace a model folder that is there.
         reuse: leave it where this very conversion made it.
-        max_memory: memory that may be used beside the interpreter's own, bytes or a size such as "2GB"; no result
-            depends on it, nor on the next.
+        max_memory: memory that may be used beside the interpreter's own, and while experts are calibrated beside one
+            expert's weights: bytes or a size such as "2GB"; None: 2GB, with a calibration 6GB. No result depends on
+            it, nor on the next.
         chunk_bytes: the most bytes of float32 rows that a thread takes at a time.
         max_shard_size: largest safetensors file, bytes or a size such as "5GB".
         device: where the arithmetic runs.
@@ -96,9 +95,9 @@ def convert(
     out = Path(out)
     shard_bytes = parse_size(max_shard_size)
     plan = make_plan(recipe, out, overwrite=overwrite)
-    memory = plan_memory(plan, parse_size(max_memory, "max_memory"), torch.get_num_threads(), chunk_bytes)
+    memory = plan_memory(plan, memory_limit(recipe, max_memory), torch.get_num_threads(), chunk_bytes)
     torch_device = find_device(device)
-    source = find_calibration(plan, memory.max_memory, torch.get_num_threads())
+    source = find_calibration(plan, memory.max_memory, torch.get_num_threads() if torch_device.type == "cpu" else 1)
     if source is None and plan.recipe.preset == "recommended":
         logger.warning(
             "the recommended preset has no calibration texts: rows are shared by how the weights look, which keeps "

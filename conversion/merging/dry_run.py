@@ -8,11 +8,11 @@ import torch
 from rich.table import Table
 
 from conversion.checkpoints.architecture import channel_parameters
-from conversion.io.options import format_bytes, parse_size
+from conversion.io.options import format_bytes
 from conversion.io.staged_folder import check_target, free_bytes
 from conversion.io.weight_files import dtype_text
 from conversion.merging.calibration_source import CalibrationData, find_calibration
-from conversion.merging.memory_budget import MAX_THREADS, plan_memory
+from conversion.merging.memory_budget import MAX_THREADS, memory_limit, plan_memory
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 
@@ -22,7 +22,7 @@ def plan_conversion(
     out: Path | str,
     *,
     overwrite: bool = False,
-    max_memory: int | str = "2GB",
+    max_memory: int | str | None = None,
 ) -> dict[str, Any]:
     """Check everything that can be checked before data is read, and say what would come of it. Writes nothing.
 
@@ -38,7 +38,7 @@ def plan_conversion(
     check_target(Path(out), overwrite)
     plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     threads = min(torch.get_num_threads(), MAX_THREADS)
-    memory = plan_memory(plan, parse_size(max_memory, "max_memory"), threads)
+    memory = plan_memory(plan, memory_limit(plan.recipe, max_memory), threads)
     calibration = find_calibration(plan, memory.max_memory, threads)
     return {
         "checkpoints": [
