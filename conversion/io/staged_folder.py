@@ -304,9 +304,15 @@ def working_folder(target: Path, name: str) -> Path:
 
 
 def check_not_a_source(target: Path, folders: Mapping[str, Path]) -> None:
-    """ValueError where a target is one of the folders that are read, named by what they are, or a folder around it."""
+    """ValueError where a target is one of the folders that are read, named by what they are, or a folder around it.
+
+    What is in a hidden folder of the target stays as it is, and so may be read.
+    """
+    target = target.resolve()
     for what, folder in folders.items():
-        if target.resolve() in (folder.resolve(), *folder.resolve().parents):
+        hidden = f".{target.name}."
+        path = folder.resolve()
+        if path.is_relative_to(target) and not "".join(path.relative_to(target).parts[:1]).startswith(hidden):
             raise ValueError(f"the output folder {target} holds {what}: choose another")
 
 

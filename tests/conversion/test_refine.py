@@ -393,9 +393,12 @@ def test_a_conversion_that_refines_no_more_leaves_nothing(make_merged, tmp_path,
     assert (tmp_path / "out" / "config.json").exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_a_refined_conversion_has_shards_of_the_size_that_was_asked_for(make_merged, tmp_path):
+def test_a_refined_conversion_has_the_folder_and_shards_that_were_asked_for(make_merged, tmp_path):
     make_merged()
+    (tmp_path / "out").mkdir()  # as a mount point: it stays the folder that it is
+    inode = (tmp_path / "out").stat().st_ino
     app([*with_refine(tmp_path), "--max-shard-size", "30KB"], standalone_mode=False)
+    assert (tmp_path / "out").stat().st_ino == inode and not list(tmp_path.rglob(".out*"))
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
 
 
