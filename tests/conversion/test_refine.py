@@ -570,6 +570,22 @@ def test_variants_train_too(make_merged, tmp_path):
     assert "and 2 variants of each" in (tmp_path / "varied" / "README.md").read_text().replace("\n", " ")
 
 
+def test_variants_are_no_longer_than_their_texts(make_merged, tmp_path, write_jsonl):
+    """A long prompt has a short answer, and a variant of it too: a GPT-2 of 64 positions has no others."""
+    recipe = make_merged("gpt2")
+    lengths = [(52, 6), (20, 40), (30, 20), (10, 9)]
+    rows = [
+        {"prompt": "abcdefgh"[number:] * 8, "completion": "xy" * 30, "expert": name}
+        for name in NAMES
+        for number, _ in enumerate(lengths)
+    ]
+    for row, (prompt, answer) in zip(rows, lengths * len(NAMES)):
+        row["prompt"], row["completion"] = row["prompt"][:prompt], row["completion"][:answer]
+    write_jsonl(tmp_path / "texts.jsonl", rows)
+    record = refine(tmp_path / "merged", recipe, tmp_path / "out", **{**OPTIONS, "max_steps": 2, "variants": 6})
+    assert record["steps"] == 2
+
+
 def test_the_routers_evaluation_stays_while_it_routes_as_before(make_merged, tmp_path):
     """Files and section of the router's evaluation are kept where no prompt moves, and left out where some do."""
     recipe = make_merged()
