@@ -77,23 +77,29 @@ def convert(
       channel-merge convert recipe.yaml merged --dry-run
       channel-merge convert recipe.yaml merged --max-memory 1GB
     """
+    from conversion.merging.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    if refines := loaded.refine is not None:
+        from conversion.refine import check_refinement, plan_line
+
+        check_refinement(loaded, out, overwrite, use_cpu=device == "cpu")
     if dry_run:
         from rich.console import Console
 
         from conversion.merging.dry_run import plan_conversion, plan_tables
 
-        plan = plan_conversion(recipe, out, overwrite=overwrite, max_memory=max_memory)
-        Console().print(*plan_tables(plan), sep="\n", soft_wrap=True)
+        plan = plan_conversion(loaded, out, overwrite=overwrite, max_memory=max_memory)
+        lines = [
+            *plan_tables(plan),
+            *([plan_line(loaded, plan["output"], use_cpu=device == "cpu")] if refines else []),
+        ]
+        Console().print(*lines, sep="\n", soft_wrap=True)
         return
     from conversion.convert import convert as run
     from conversion.io.staged_folder import working_folder
-    from conversion.merging.recipe import load_recipe
 
-    loaded, on_the_way = load_recipe(recipe), working_folder(out, "unrefined")
-    if refines := loaded.refine is not None:
-        from conversion.refine import check_refinement
-
-        check_refinement(loaded, out, overwrite)
+    on_the_way = working_folder(out, "unrefined")
     conversion = run(
         loaded,
         on_the_way / "merged" if refines else out,

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.hub.conversion_report import add_relative_errors, conversion_report, package_versions
 from conversion.hub.model_folder import write_hub_files
 from conversion.io.code_hash import code_hash
@@ -91,7 +90,7 @@ def convert(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    check_recipe_options(recipe)
+    check_recipe_options(recipe, use_cpu=device == "cpu")
     out = Path(out)
     shard_bytes = parse_size(max_shard_size)
     plan = make_plan(recipe, out, overwrite=overwrite)
@@ -122,9 +121,9 @@ def convert(
             calibration = source.open(staged.journal, torch_device, progress)
             stack.callback(calibration.close)
             costs = ChannelCosts(plan, calibration, torch_device)
-        reads = 3 if source is not None and plan.num_experts <= MAX_ENUMERATED else 2  # costs of groups come first
+        total = plan.times_read * plan.bytes_to_read
         bar = stack.enter_context(
-            tqdm(total=reads * plan.bytes_to_read, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
+            tqdm(total=total, unit="B", unit_scale=True, disable=not progress, dynamic_ncols=True)
         )
         workers = Workers(memory.threads, blocks.stop)
         bar.set_description("grouping channels")

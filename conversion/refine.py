@@ -22,7 +22,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from conversion.hub.conversion_report import package_versions
 from conversion.hub.model_card import write_card
 from conversion.io.data_rows import find_data, read_data
 from conversion.io.model_files import copy_files, read_config_file
-from conversion.io.options import parse_size
+from conversion.io.options import format_bytes, parse_size
 from conversion.io.sources import check_unchanged, without_folder
 from conversion.io.staged_folder import StagedFolder, check_disk_space, check_not_a_source, check_target
 from conversion.io.wording import one_line
@@ -50,7 +50,15 @@ from conversion.refinement.matching_experts import check_same_experts
 from conversion.refinement.record import refinement_record, shown_options
 from conversion.refinement.refined_checkpoint import write_files, write_weights
 from conversion.refinement.student import load_student, round_to_stored, route
-from conversion.refinement.teachers import TeacherFiles, TeacherSettings, all_texts, run_teachers, teacher_bytes
+from conversion.refinement.teachers import (
+    BYTES_OF_REST,
+    KEPT_BYTES,
+    TeacherFiles,
+    TeacherSettings,
+    all_texts,
+    run_teachers,
+    teacher_bytes,
+)
 from conversion.refinement.texts import TeacherDataset, check_count, collate, hold_out
 from conversion.refinement.trainer import RefinementTrainer, expert_divergences
 from conversion.refinement.training_arguments import RefineTrainingArguments, parse_options
@@ -60,6 +68,8 @@ from conversion.training.trainer_checkpoints import FinishedCheckpoints, log_par
 from conversion.vocabulary.calibration_texts import CalibrationText
 
 logger = logging.getLogger(__name__)
+
+STATES = 4  # of a parameter that trains: itself, its gradient, the two moments of AdamW
 
 # Options that no result depends on, or that the fingerprint has otherwise.
 NO_RESULT = (
@@ -195,13 +205,28 @@ def special_tokens(plan: Plan) -> frozenset[int]:
     return frozenset({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
 
 
-def check_refinement(recipe: Recipe, out: Path, overwrite: bool) -> None:
+def check_refinement(recipe: Recipe, out: Path, overwrite: bool, use_cpu: bool) -> None:
     """ValueError where a conversion could not be refined as its recipe says: options, texts or output are wrong."""
-    args, _ = parse_options(recipe, checkpoint="checkpoint", output_dir=str(out), overwrite=overwrite)
+    args, _ = parse_options(recipe, checkpoint="checkpoint", output_dir=str(out), use_cpu=use_cpu)
     locate(recipe, out, overwrite)
     counts = Counter(str(row.get("expert")) for row in read_data(find_texts(recipe, args)).rows)
     for expert in recipe.experts:
         check_count(expert.name, counts[expert.name])
+
+
+def plan_line(recipe: Recipe, output: Mapping[str, Any], use_cpu: bool) -> str:
+    """What a refinement of a recipe takes, for a terminal; `output` as `plan_conversion` gives it."""
+    args, training_args = parse_options(recipe, checkpoint="checkpoint", output_dir="out", use_cpu=use_cpu)
+    passes = training_args.num_train_epochs
+    work = f"{training_args.max_steps:,} steps" if training_args.max_steps > 0 else f"{passes:g} passes over the texts"
+    parameters = output["bytes_at_most"] // getattr(torch, output["dtype"]).itemsize
+    memory = STATES * getattr(torch, args.dtype).itemsize * parameters
+    return (
+        f"refinement  {work}, {training_args.per_device_train_batch_size} texts at a time; about "
+        f"{format_bytes(memory)} of memory in {args.dtype} beside activations; of disk until it is done "
+        f"{args.top_k * KEPT_BYTES + BYTES_OF_REST:,} bytes a token, and {format_bytes(output['bytes_at_most'])} for "
+        "the model before"
+    )
 
 
 def find_texts(recipe: Recipe, args: RefineArguments) -> str:

@@ -30,7 +30,8 @@ def plan_conversion(
         recipe, out, overwrite, max_memory: as `convert` takes them.
 
     Returns:
-        Plain values: `checkpoints`, `modules` by kind, `per_expert`, `output`, `memory`, `calibration` or None.
+        Plain values: `checkpoints`, `times_read`, `modules` by kind, `per_expert`, `output`, `memory`, `calibration`
+        or None.
 
     Raises:
         ValueError: `convert` would refuse this too; but a disk that is too full is only told.
@@ -50,6 +51,7 @@ def plan_conversion(
             }
             for source, reader in zip((plan.base, *plan.experts), (plan.base_reader, *plan.readers), strict=True)
         ],
+        "times_read": plan.times_read,
         "modules": modules_by_kind(plan),
         "per_expert": {
             "tensors": sum(map(len, plan.modules.per_expert.values())),
@@ -117,7 +119,7 @@ def count_tensors(plan: Plan) -> int:
 
 def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
     """The plan for a terminal."""
-    checkpoints = Table("checkpoint", "model", "tensors", "size", title="to read, twice")
+    checkpoints = Table("checkpoint", "model", "tensors", "size", title=f"to read, {plan['times_read']} times")
     for checkpoint in plan["checkpoints"]:
         name, model, tensors, size = checkpoint.values()
         checkpoints.add_row(name, model, str(tensors), format_bytes(size))

@@ -12,7 +12,7 @@ from conversion.refinement.arguments import OUTPUT_HELP, RefineArguments
 from conversion.training.argument_parser import parse_dataclasses
 
 MAX_STEPS = 300
-NOT_IN_RECIPES = ("checkpoint", "output_dir", "overwrite", "resume_from_checkpoint")
+NOT_IN_RECIPES = ("checkpoint", "output_dir", "overwrite", "max_shard_size", "resume_from_checkpoint")
 
 
 @dataclass
@@ -79,7 +79,7 @@ def parse_options(
     return args, training_args
 
 
-def check_recipe_options(recipe: Recipe) -> None:
+def check_recipe_options(recipe: Recipe, use_cpu: bool) -> None:
     """ValueError where `refine:` of a recipe has an option that there is not, or a value that cannot be."""
     if recipe.refine is not None:
-        parse_options(recipe, checkpoint="checkpoint", output_dir="out")
+        parse_options(recipe, checkpoint="checkpoint", output_dir="out", use_cpu=use_cpu)

@@ -382,6 +382,24 @@ def test_a_conversion_that_refines_goes_on(make_merged, tmp_path, monkeypatch, c
     assert all(torch.equal(tensor, refined[name]) for name, tensor in tensors_of(tmp_path / "out").items())
 
 
+def test_a_conversion_on_the_cpu_may_refine_in_bfloat16(make_merged, tmp_path):
+    make_merged()
+    app(with_refine(tmp_path, refine={"max_steps": 2, "bf16": True}), standalone_mode=False)
+    assert read_json(tmp_path / "out" / "conversion_report.json")["refinement"]["options"]["bf16"]
+
+
+def test_a_dry_run_says_what_refining_takes(make_merged, tmp_path, capsys):
+    """It refuses what the conversion would refuse, too."""
+    make_merged()
+    app([*with_refine(tmp_path), "--dry-run"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "to read, 3 times" in said
+    assert "refinement  20 steps, 12 texts at a time; about " in said and f"{300 * 8 + 4:,} bytes a token" in said
+    with pytest.raises(ValueError, match="no calibration texts to refine on"):
+        app([*with_refine(tmp_path, calibration={"file": "f.safetensors"}), "--dry-run"], standalone_mode=False)
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_conversion_that_refines_no_more_leaves_nothing(make_merged, tmp_path, monkeypatch):
     make_merged()
     arguments = with_refine(tmp_path)
@@ -503,6 +521,11 @@ def test_a_recipe_without_texts_is_an_error(make_merged, tmp_path):
     ("own", "message"),
     [
         ({"output_dir": "elsewhere"}, "refine.output_dir of the recipe is given where the recipe is used"),
+        ({"max_shard_size": "1GB"}, "refine.max_shard_size of the recipe is given where the recipe is used"),
+        pytest.param(
+            *({"deepspeed": "zero.json"}, "deepspeed.* was not found"),
+            marks=pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed"),
+        ),
         ({"learning_rat": 1}, "refine: unknown option 'learning_rat'"),
         ({"max_steps": "many"}, "invalid int value: 'many'"),
         ({"max_steps": 2.5}, "invalid int value: '2.5'"),
