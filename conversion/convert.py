@@ -3,8 +3,9 @@
 The first pass groups the experts' rows of every channel and lays out every matrix; with that the headers of the output
 are known. The second pass reads again and writes the merged rows to their final places. What the first pass decides
 lies in files of the staging folder until the second reads it, module by module, so that memory is bounded by the
-chunk; no result depends on its size. Modules are worked on side by side, one thread each: that uses several cores
-better than splitting the small operations of one module.
+chunk; no result depends on its size. With a calibration the experts run on their texts before all this, and the first
+pass reads twice: what each group of experts would cost comes from the weights, too. Modules are worked on side by
+side, one thread each: that uses several cores better than splitting the small operations of one module.
 
 A journal in the staging folder has the hashes of the first pass's files and of every finished shard. The same
 conversion goes on from there after it was stopped, and gives the same bytes.
