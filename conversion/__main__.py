@@ -9,10 +9,13 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from conversion.merging.recipe import Recipe
 
 DEBUG_VARIABLE = "CHANNEL_MERGE_DEBUG"
 MAX_ERROR = 1000  # characters: a file may hold values of any length
@@ -51,7 +54,13 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder of the merged checkpoint; must be new or empty.")],
     overwrite: Overwrite = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
-    max_memory: Annotated[str, typer.Option(help="Memory to use beside the interpreter's own.")] = "2GB",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory to use beside the interpreter's own, and while experts are calibrated beside one expert's "
+            "weights; default: 2GB, with a calibration 6GB."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ...")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check, and print the plan: tensors, rows, sizes, memory.")
@@ -68,39 +77,72 @@ def convert(
       channel-merge convert recipe.yaml merged --dry-run
       channel-merge convert recipe.yaml merged --max-memory 1GB
     """
+    from conversion.merging.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    if refines := loaded.refine is not None:
+        from conversion.refine import check_refinement, plan_line
+
+        check_refinement(loaded, out, overwrite, use_cpu=device == "cpu")
     if dry_run:
         from rich.console import Console
 
         from conversion.merging.dry_run import plan_conversion, plan_tables
 
-        plan = plan_conversion(recipe, out, overwrite=overwrite, max_memory=max_memory)
-        Console().print(*plan_tables(plan), sep="\n", soft_wrap=True)
+        plan = plan_conversion(loaded, out, overwrite=overwrite, max_memory=max_memory)
+        lines = [
+            *plan_tables(plan),
+            *([plan_line(loaded, plan["output"], use_cpu=device == "cpu")] if refines else []),
+        ]
+        Console().print(*lines, sep="\n", soft_wrap=True)
         return
     from conversion.convert import convert as run
-    from conversion.io.staged_folder import check_target
-    from conversion.merging.recipe import load_recipe
+    from conversion.io.staged_folder import working_folder
 
-    loaded, merged = load_recipe(recipe), out
-    if loaded.refine is not None:
-        check_target(out, overwrite)
-        merged = out.resolve().with_name(f".{out.resolve().name}.unrefined")
+    on_the_way = working_folder(out, "unrefined")
     conversion = run(
         loaded,
-        merged,
-        overwrite=overwrite or merged != out,
+        on_the_way / "merged" if refines else out,
+        overwrite=overwrite or refines,
+        reuse=refines,
         max_shard_size=max_shard_size,
         max_memory=max_memory,
         device=device,
         progress=progress,
     )
-    if merged != out:
-        from conversion.refine import refine as run_refinement
-
-        run_refinement(merged, loaded, out, overwrite=overwrite, use_cpu=device == "cpu", disable_tqdm=not progress)
-        shutil.rmtree(merged)
+    if refines:
+        refine_conversion(conversion.folder, loaded, out, overwrite, max_shard_size, device, progress)
+    shutil.rmtree(on_the_way, ignore_errors=True)  # also that of a recipe that refined before
     parameters = conversion.report["parameters"]
     share = parameters["stored"] / parameters["experts"]
     typer.echo(f"{out}: {parameters['stored']:,} parameters, {share:.1%} of the experts' {parameters['experts']:,}")
+
+
+def refine_conversion(
+    merged: Path, recipe: "Recipe", out: Path, overwrite: bool, max_shard_size: str, device: str, progress: bool
+) -> None:
+    """The second half of a conversion that refines, in the same process; a failure says where the first half is."""
+    from rich.console import Console
+
+    from conversion.refine import refine as run
+    from conversion.refinement.record import refinement_table
+
+    try:
+        record = run(
+            merged,
+            recipe,
+            out,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            use_cpu=device == "cpu",
+            disable_tqdm=not progress,
+        )
+    except BaseException:
+        logging.getLogger("conversion").warning(
+            "the merged model, not refined, is kept in %s: the same command goes on from there", merged
+        )
+        raise
+    Console().print(*refinement_table(record), sep="\n")
 
 
 @app.command()

@@ -20,12 +20,11 @@ from conversion.io.sources import check_unchanged
 from conversion.io.staged_folder import StagedFile, check_disk_space, check_target_file, free_bytes
 from conversion.merging.calibration import find_texts, longest_text, measure_calibration, read_texts, texts_hash
 from conversion.merging.calibration_file import Measured, is_calibration, write_calibration
-from conversion.merging.calibration_memory import CalibrationMemory, plan_calibration
+from conversion.merging.calibration_memory import MAX_MEMORY, CalibrationMemory, plan_calibration
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.vocabulary.calibration_texts import CalibrationText
 
-MAX_MEMORY = "6GB"  # a 7B in bfloat16 stays below 24 GiB with it
 FILE_NAME = "calibration.safetensors"
 
 

@@ -21,7 +21,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,31 +35,47 @@ from transformers.trainer_utils import get_last_checkpoint
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.hub.conversion_report import package_versions
 from conversion.hub.model_card import write_card
+from conversion.io.data_rows import find_data, read_data
 from conversion.io.model_files import copy_files, read_config_file
+from conversion.io.options import format_bytes, parse_size
 from conversion.io.sources import check_unchanged, without_folder
 from conversion.io.staged_folder import StagedFolder, check_disk_space, check_not_a_source, check_target
 from conversion.io.wording import one_line
+from conversion.merging.calibration import read_texts
 from conversion.merging.expert_model import load_expert_model
-from conversion.merging.plan import Plan, make_plan
+from conversion.merging.plan import Plan, locate, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.refinement.arguments import RefineArguments
 from conversion.refinement.matching_experts import check_same_experts
 from conversion.refinement.record import refinement_record, shown_options
 from conversion.refinement.refined_checkpoint import write_files, write_weights
 from conversion.refinement.student import load_student, round_to_stored, route
-from conversion.refinement.teachers import TeacherFiles, TeacherSettings, all_texts, run_teachers, teacher_bytes
-from conversion.refinement.texts import TeacherDataset, collate, hold_out
+from conversion.refinement.teachers import (
+    BYTES_OF_REST,
+    KEPT_BYTES,
+    TeacherFiles,
+    TeacherSettings,
+    all_texts,
+    run_teachers,
+    teacher_bytes,
+)
+from conversion.refinement.texts import TeacherDataset, check_count, collate, hold_out
 from conversion.refinement.trainer import RefinementTrainer, expert_divergences
 from conversion.refinement.training_arguments import RefineTrainingArguments, parse_options
 from conversion.router.evaluation_report import METRICS_FILE, PLOT_FILE, card_section, eval_results
 from conversion.training.argument_parser import TrainingArgumentParser
 from conversion.training.trainer_checkpoints import FinishedCheckpoints, log_parameters
-from conversion.vocabulary.calibration_texts import CalibrationText, read_calibration_texts
+from conversion.vocabulary.calibration_texts import CalibrationText
 
 logger = logging.getLogger(__name__)
 
+STATES = 4  # of a parameter that trains: itself, its gradient, the two moments of AdamW
+
 # Options that no result depends on, or that the fingerprint has otherwise.
-NO_RESULT = ("output_dir", "resume_from_checkpoint", "checkpoint", "train_data", "overwrite", "disable_tqdm")
+NO_RESULT = (
+    *("output_dir", "resume_from_checkpoint", "checkpoint", "train_data", "overwrite", "disable_tqdm"),
+    "max_shard_size",  # no finished part depends on it
+)
 
 
 def refine(checkpoint: Path | str, recipe: Recipe | Path | str, out: Path | str, **options: Any) -> dict[str, Any]:
@@ -101,7 +118,8 @@ def _refine(
         logging.getLogger("conversion").setLevel(logging.ERROR)
     started, out = time.monotonic(), Path(training_args.output_dir)
     check_target(out, args.overwrite)
-    data = find_data(recipe, args)
+    parse_size(args.max_shard_size)
+    data = find_texts(recipe, args)
     merged = stack.enter_context(MergedCheckpoint(args.checkpoint))
     merged.check_channel_indices()
     plan = make_plan(recipe)
@@ -111,7 +129,7 @@ def _refine(
     check_not_a_source(out, {"the checkpoint that is refined": merged.folder, **sources})
     check_same_experts(merged, plan)
     with training_args.main_process_first():
-        texts = read_calibration_texts(data, plan.vocabulary, max_length=args.max_length)
+        texts = read_texts(plan, data, args.max_length)
     train, held_out = hold_out(texts, args.eval_share, training_args.seed, plan.expert_names)
     settings = TeacherSettings(
         top_k=args.top_k,
@@ -171,7 +189,7 @@ def _refine(
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if staged:
         trained = {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
-        write_weights(staged.path, merged, trained if record["improved"] else {})
+        write_weights(staged.path, merged, trained if record["improved"] else {}, args.max_shard_size)
         config_text = write_files(staged.path, merged, record)
         write_router_evaluation(staged.path, merged, record)
         check_unchanged([merged.source, plan.base, *plan.experts])
@@ -187,16 +205,39 @@ def special_tokens(plan: Plan) -> frozenset[int]:
     return frozenset({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder})
 
 
-def find_data(recipe: Recipe, args: RefineArguments) -> str:
-    """The file or dataset with the texts: as the arguments say, else the recipe, whose paths begin at its folder."""
+def check_refinement(recipe: Recipe, out: Path, overwrite: bool, use_cpu: bool) -> None:
+    """ValueError where a conversion could not be refined as its recipe says: options, texts or output are wrong."""
+    args, _ = parse_options(recipe, checkpoint="checkpoint", output_dir=str(out), use_cpu=use_cpu)
+    locate(recipe, out, overwrite)
+    counts = Counter(str(row.get("expert")) for row in read_data(find_texts(recipe, args)).rows)
+    for expert in recipe.experts:
+        check_count(expert.name, counts[expert.name])
+
+
+def plan_line(recipe: Recipe, output: Mapping[str, Any], use_cpu: bool) -> str:
+    """What a refinement of a recipe takes, for a terminal; `output` as `plan_conversion` gives it."""
+    args, training_args = parse_options(recipe, checkpoint="checkpoint", output_dir="out", use_cpu=use_cpu)
+    passes = training_args.num_train_epochs
+    work = f"{training_args.max_steps:,} steps" if training_args.max_steps > 0 else f"{passes:g} passes over the texts"
+    parameters = output["bytes_at_most"] // getattr(torch, output["dtype"]).itemsize
+    memory = STATES * getattr(torch, args.dtype).itemsize * parameters
+    return (
+        f"refinement  {work}, {training_args.per_device_train_batch_size} texts at a time; about "
+        f"{format_bytes(memory)} of memory in {args.dtype} beside activations; of disk until it is done "
+        f"{args.top_k * KEPT_BYTES + BYTES_OF_REST:,} bytes a token, and {format_bytes(output['bytes_at_most'])} for "
+        "the model before"
+    )
+
+
+def find_texts(recipe: Recipe, args: RefineArguments) -> str:
+    """The file or dataset with the texts: that of the arguments, else that of the recipe's calibration."""
     if args.train_data is not None:
         return args.train_data
     if recipe.calibration is None or recipe.calibration.data is None:
         raise ValueError(
             "the recipe has no calibration texts to refine on: give calibration.data there or --train-data"
         )
-    file = recipe.folder / recipe.calibration.data
-    return str(file) if file.exists() else recipe.calibration.data
+    return find_data(recipe.calibration.data, recipe.folder)
 
 
 def refinement_fingerprint(

@@ -2,13 +2,13 @@
 
 import importlib.metadata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from conversion.channels.delta_errors import DeltaErrors, norm, relative_error
 from conversion.hub.source_card import read_card
-from conversion.io.sources import without_folder
 from conversion.io.weight_files import dtype_text
 from conversion.merging.grouped_module import LOSSES, GroupedModule
 from conversion.merging.plan import Plan
@@ -27,6 +27,9 @@ def conversion_report(
     """
     names = plan.expert_names
     modules = {}
+    # What was weighed is the cost of the best rows: another method's rows cost more.
+    best = "regmean" if plan.recipe.calibration else "linear"
+    losses = LOSSES if plan.recipe.merge_method == best else ()
     stored = distinct = 0
     for path, module in grouped.items():
         spec = plan.modules.channel[path]
@@ -42,7 +45,7 @@ def conversion_report(
             "distinct_rows": module.num_distinct,
             "owners": module.owner_counts(names),
             "channels_by_rows": {str(rows): count for rows, count in module.channels_by_rows.items()},
-            **{name: loss for name in LOSSES if (loss := getattr(module, name)) is not None},
+            **{name: loss for name in losses if (loss := getattr(module, name)) is not None},
             **({"fallback_rows": 1} if module.has_fallback else {}),
         }
     kept = plan.num_experts * plan.per_expert_parameters
@@ -97,8 +100,11 @@ def recipe_record(plan: Plan) -> dict[str, Any]:
     record = plan.recipe.record()
     experts = [{**spec, "model": source.shown} for spec, source in zip(record["experts"], plan.experts, strict=True)]
     record |= {"base_model": plan.base.shown, "experts": experts}
-    if "calibration" in record:
-        record["calibration"] = {key: without_folder(place) for key, place in record["calibration"].items()}
+    for options in (record.get("calibration", {}), record.get("refine", {})):
+        for key, value in options.items():
+            if value and isinstance(value, str):
+                place = plan.recipe.folder / Path(value).expanduser()
+                options[key] = place.resolve().name if place.exists() else value
     return record
 
 

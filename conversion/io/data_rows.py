@@ -53,6 +53,13 @@ def read_data(data: str) -> DataRows:
     return DataRows(rows, columns, without_folder(name))
 
 
+def find_data(data: str, folder: Path) -> str:
+    """A data file that is named by where it lies from a folder; a Hub dataset as it stands."""
+    path = Path(data).expanduser()
+    named = path if path.is_absolute() else folder / path
+    return str(named) if named.is_file() or path.suffix in DATA_SUFFIXES else data
+
+
 @contextmanager
 def one_line_of_datasets() -> Iterator[None]:
     """What `datasets` raises says everything; what it logs before it would stand beside that."""

@@ -6,6 +6,7 @@ Hidden folders of a target, beside it or in it, tell what a killed run had come 
     .<name>.replaced-*   the old model, out of the way of the new one
     .<name>.complete-*   written, about to be moved into the target, which shows the old model or nothing
     .<name>.moving-*     on its way into the target, which shows nothing but the new model
+    .<name>.unrefined    in it the merged model that the target's is made from, see `working_folder`
 
 A target that may be renamed, as most, only ever has the first two, beside it. One that is a folder of its own kind, a
 mount point or an empty folder that somebody made, stays that folder: its files move in, config.json last.
@@ -13,6 +14,7 @@ mount point or an empty folder that somebody made, stays that folder: its files 
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -122,8 +124,10 @@ class StagedFolder:
         if config is not None:
             (self.path / CONFIG_FILE).write_text(config, encoding="utf-8")
         files = [file for file in _files(self.path) if file.parts[0] != JOURNAL_FOLDER]
-        text = json.dumps({"files": sorted({*(file.as_posix() for file in files), FILE_LIST})}, indent=2)
-        (self.path / FILE_LIST).write_text(text + "\n", encoding="utf-8")
+        written: dict[str, Any] = {"files": sorted({*(file.as_posix() for file in files), FILE_LIST})}
+        if self._fingerprint is not None:
+            written["fingerprint"] = _hash(self._fingerprint)
+        (self.path / FILE_LIST).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         for file in (*files, Path(FILE_LIST)):
             _sync(self.path / file)
         if _is_a_folder_of_its_own(self.target):
@@ -283,10 +287,32 @@ def check_target(target: Path, overwrite: bool = False) -> None:
         )
 
 
+def is_result(target: Path, fingerprint: Mapping[str, Any]) -> bool:
+    """Whether a run of this fingerprint has written all that is at the target."""
+    try:
+        written = json.loads((target / FILE_LIST).read_text(encoding="utf-8"))
+        files = [target / file for file in written["files"]]
+        return written["fingerprint"] == _hash(fingerprint) and all(file.is_file() for file in files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def working_folder(target: Path, name: str) -> Path:
+    """The hidden folder of a target for what is made on the way to it."""
+    target = target.resolve()
+    return (target if _is_a_folder_of_its_own(target) else target.parent) / f".{target.name}.{name}"
+
+
 def check_not_a_source(target: Path, folders: Mapping[str, Path]) -> None:
-    """ValueError where a target is one of the folders that are read, named by what they are, or a folder around it."""
+    """ValueError where a target is one of the folders that are read, named by what they are, or a folder around it.
+
+    What is in a hidden folder of the target stays as it is, and so may be read.
+    """
+    target = target.resolve()
     for what, folder in folders.items():
-        if target.resolve() in (folder.resolve(), *folder.resolve().parents):
+        hidden = f".{target.name}."
+        path = folder.resolve()
+        if path.is_relative_to(target) and not "".join(path.relative_to(target).parts[:1]).startswith(hidden):
             raise ValueError(f"the output folder {target} holds {what}: choose another")
 
 
@@ -366,6 +392,10 @@ def _hidden(target: Path, folder: Path, purpose: str, token: str | None = None) 
 
 def _prefix(target: Path, purpose: str) -> str:
     return f".{target.name}.{purpose}-"
+
+
+def _hash(fingerprint: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def _files(folder: Path) -> Iterable[Path]:

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conversion.channels.packed_symmetric import SquareSum
-from conversion.io.data_rows import DATA_SUFFIXES
+from conversion.io.data_rows import find_data
 from conversion.io.journal import Journal
 from conversion.io.options import format_bytes
 from conversion.io.sources import without_folder
@@ -83,15 +83,13 @@ def find_texts(recipe: Recipe) -> str:
     data = recipe.calibration.data if recipe.calibration else None
     if data is None:
         raise ValueError("the recipe has no calibration texts: add calibration: {data: texts.jsonl}")
-    path = Path(data).expanduser()
-    named = path if path.is_absolute() else recipe.folder / path
-    return str(named) if named.is_file() or path.suffix in DATA_SUFFIXES else data
+    return find_data(data, recipe.folder)
 
 
-def read_texts(plan: Plan, data: str) -> list[CalibrationText]:
-    """Calibration texts of at most so many tokens as the model takes; errors as of `read_calibration_texts`."""
-    longest = getattr(plan.text_config, "max_position_embeddings", None) or MAX_LENGTH
-    return read_calibration_texts(data, plan.vocabulary, max_length=min(longest, MAX_LENGTH))
+def read_texts(plan: Plan, data: str, max_length: int = MAX_LENGTH) -> list[CalibrationText]:
+    """Calibration texts, none longer than the model takes; else as `read_calibration_texts`."""
+    longest = getattr(plan.text_config, "max_position_embeddings", None) or max_length
+    return read_calibration_texts(data, plan.vocabulary, max_length=min(longest, max_length))
 
 
 def longest_text(texts: list[CalibrationText]) -> int:

@@ -8,11 +8,11 @@ import torch
 from rich.table import Table
 
 from conversion.checkpoints.architecture import channel_parameters
-from conversion.io.options import format_bytes, parse_size
+from conversion.io.options import format_bytes
 from conversion.io.staged_folder import check_target, free_bytes
 from conversion.io.weight_files import dtype_text
 from conversion.merging.calibration_source import CalibrationData, find_calibration
-from conversion.merging.memory_budget import MAX_THREADS, plan_memory
+from conversion.merging.memory_budget import MAX_THREADS, memory_limit, plan_memory
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 
@@ -22,7 +22,7 @@ def plan_conversion(
     out: Path | str,
     *,
     overwrite: bool = False,
-    max_memory: int | str = "2GB",
+    max_memory: int | str | None = None,
 ) -> dict[str, Any]:
     """Check everything that can be checked before data is read, and say what would come of it. Writes nothing.
 
@@ -30,7 +30,8 @@ def plan_conversion(
         recipe, out, overwrite, max_memory: as `convert` takes them.
 
     Returns:
-        Plain values: `checkpoints`, `modules` by kind, `per_expert`, `output`, `memory`, `calibration` or None.
+        Plain values: `checkpoints`, `times_read`, `modules` by kind, `per_expert`, `output`, `memory`, `calibration`
+        or None.
 
     Raises:
         ValueError: `convert` would refuse this too; but a disk that is too full is only told.
@@ -38,7 +39,7 @@ def plan_conversion(
     check_target(Path(out), overwrite)
     plan = make_plan(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     threads = min(torch.get_num_threads(), MAX_THREADS)
-    memory = plan_memory(plan, parse_size(max_memory, "max_memory"), threads)
+    memory = plan_memory(plan, memory_limit(plan.recipe, max_memory), threads)
     calibration = find_calibration(plan, memory.max_memory, threads)
     return {
         "checkpoints": [
@@ -50,6 +51,7 @@ def plan_conversion(
             }
             for source, reader in zip((plan.base, *plan.experts), (plan.base_reader, *plan.readers), strict=True)
         ],
+        "times_read": plan.times_read,
         "modules": modules_by_kind(plan),
         "per_expert": {
             "tensors": sum(map(len, plan.modules.per_expert.values())),
@@ -117,7 +119,7 @@ def count_tensors(plan: Plan) -> int:
 
 def plan_tables(plan: dict[str, Any]) -> list[Table | str]:
     """The plan for a terminal."""
-    checkpoints = Table("checkpoint", "model", "tensors", "size", title="to read, twice")
+    checkpoints = Table("checkpoint", "model", "tensors", "size", title=f"to read, {plan['times_read']} times")
     for checkpoint in plan["checkpoints"]:
         name, model, tensors, size = checkpoint.values()
         checkpoints.add_row(name, model, str(tensors), format_bytes(size))

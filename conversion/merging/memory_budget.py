@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.channels.magnitude_threshold import threshold_bytes
 from conversion.checkpoints.architecture import channel_parameters
+from conversion.io.options import parse_size
+from conversion.merging.calibration_memory import MAX_MEMORY as CALIBRATED_MAX_MEMORY
 from conversion.merging.plan import Plan
+from conversion.merging.recipe import Recipe
 
+MAX_MEMORY = "2GB"  # without a calibration, unless another is given
 CHUNK_BYTES = 32 * 2**20  # more makes nothing faster
 SMALL_CHUNK_BYTES = 2 * 2**20  # less makes it slower than one thread with a larger chunk
 MAX_THREADS = 8
@@ -40,6 +44,12 @@ class MemoryPlan:
     chunk_bytes: int  # float32 rows of base and experts in one chunk
     expected_peak: int  # bytes above the interpreter's own, at most
     max_memory: int
+
+
+def memory_limit(recipe: Recipe, max_memory: int | str | None) -> int:
+    """Bytes of a `max_memory`; of None those that suit a 7B, for which a calibration needs more."""
+    default = MAX_MEMORY if recipe.calibration is None else CALIBRATED_MAX_MEMORY
+    return parse_size(default if max_memory is None else max_memory, "max_memory")
 
 
 def plan_memory(plan: Plan, max_memory: int, threads: int, chunk_bytes: int = CHUNK_BYTES) -> MemoryPlan:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from conversion.channels.grouping import MAX_ENUMERATED
 from conversion.checkpoints.architecture import (
     base_architecture,
     make_reader,
@@ -152,6 +153,11 @@ class Plan:
         heads = {f"{path}.weight" for path, module in self.modules.channel.items() if module.tied_to}
         readers = (self.base_reader, *self.readers)
         return sum(part.num_bytes for reader in readers for name, part in reader.tensors.items() if name not in heads)
+
+    @property
+    def times_read(self) -> int:
+        """How often that is read: to compare, to merge, and before that where a calibration weighs every group."""
+        return 3 if self.recipe.calibration is not None and self.num_experts <= MAX_ENUMERATED else 2
 
     def present(self, path: str) -> torch.Tensor | None:
         """Which experts have which channels of a module: (N, O) bool; None where all have all."""

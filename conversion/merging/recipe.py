@@ -238,6 +238,8 @@ class Recipe(StrictModel):
                 raise ValueError(f"parameters.{key} does not apply to merge_method {method!r}, which reads {reads}")
         if method == "regmean" and self.calibration is None:
             raise ValueError("merge_method 'regmean' needs calibration: {data: ...} or {file: ...}")
+        if self.grouping.similarity == "cosine" and self.calibration is not None:
+            raise ValueError("grouping.similarity 'cosine' does not apply with a calibration, which compares by loss")
         normalize = self.parameters.normalize if self.parameters.normalize is not None else known.get("normalize")
         # A calibration weighs the experts already when it compares them.
         if (method == "linear" and normalize) or self.calibration is not None:
@@ -257,6 +259,8 @@ class Recipe(StrictModel):
             grouping = {"similarity": "l2"}
         elif self.grouping.num_groups is not None:
             grouping = {key: value for key, value in grouping.items() if key != "budget"}
+        if self.calibration is not None:
+            grouping = {**grouping, "similarity": "l2"}
         calibrated = preset["merge_method"] != "regmean" or self.calibration is not None
         return {**preset, "grouping": grouping, "merge_method": preset["merge_method"] if calibrated else "linear"}
 

@@ -57,6 +57,9 @@ class RefineArguments:
             "help": f"What the experts run in and the rows train in: {', '.join(DTYPES)}; stored as before.",
         },
     )
+    max_shard_size: str = field(
+        default="5GB", metadata={"metavar": "SIZE", "help": "Largest size of one safetensors file."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace a model in the output folder."})
 
     def __post_init__(self):
@@ -76,5 +79,5 @@ def option_help() -> list[tuple[str, str]]:
     options = (option for option in fields(RefineArguments) if option.name != "checkpoint")
     return [
         ("--recipe RECIPE", "What the checkpoint was made from; its `refine:` may hold these options. [required]"),
-        *describe_options(options, OUTPUT_HELP, "--learning-rate 5e-4, --max-steps 200, ..."),
+        *describe_options(options, OUTPUT_HELP, "--learning-rate 1e-4, --max-steps 200, ..."),
     ]

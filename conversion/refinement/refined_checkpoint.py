@@ -24,11 +24,12 @@ from conversion.io.shard_writer import ShardWriter, TensorSpec
 CONFIG_FIELDS = ("improved", "kl_before", "kl_after", "steps", "options")
 
 
-def write_weights(folder: Path, merged: MergedCheckpoint, trained: Mapping[str, torch.Tensor]) -> None:
+def write_weights(
+    folder: Path, merged: MergedCheckpoint, trained: Mapping[str, torch.Tensor], max_shard_size: int | str
+) -> None:
     """The checkpoint's tensors with those that trained in their place, each in the dtype that it was stored in."""
-    writer = ShardWriter(
-        folder, [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in merged.tensors.items()]
-    )
+    specs = [TensorSpec(name, tensor.shape, tensor.dtype) for name, tensor in merged.tensors.items()]
+    writer = ShardWriter(folder, specs, max_shard_size)
     try:
         for name, stored in merged.tensors.items():
             tensor = trained.get(name)

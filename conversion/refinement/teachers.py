@@ -171,8 +171,9 @@ class _Teacher:
     def variants(self, texts: Sequence[CalibrationText]) -> list[CalibrationText]:
         settings, ends = self._settings, self._settings.ends[self._expert]
         prompts = vary_prompts(texts, settings.variants, settings.kept, settings.seed)
-        longest = max(len(text.input_ids) - text.answer_start for text in texts)
-        return answer_prompts(self._model, self._expert, prompts, ends, longest, settings.batch_size)
+        answer = max(len(text.input_ids) - text.answer_start for text in texts)
+        whole = max(len(text.input_ids) for text in texts)
+        return answer_prompts(self._model, self._expert, prompts, ends, answer, whole, settings.batch_size)
 
     def distributions(self, texts: Sequence[Sequence[int]]) -> TopTokens:
         return distributions(self._model, texts, self._settings.top_k, self._settings.batch_size)

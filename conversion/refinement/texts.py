@@ -34,16 +34,20 @@ def hold_out(
     chosen: set[int] = set()
     for expert, name in enumerate(names):
         numbers = [number for number, text in enumerate(texts) if text.expert == expert]
-        if len(numbers) < 2:
-            raise ValueError(
-                f"expert {name!r} has {len(numbers)} texts, expected at least 2: some train, and some are held out to "
-                "evaluate"
-            )
+        check_count(name, len(numbers))
         count = min(max(MIN_HELD_OUT, round(share * len(numbers))), len(numbers) // 2)
         chosen.update(random.Random(f"{seed} {name}").sample(numbers, count))
         logger.info("%s: %d texts train, %d are held out", name, len(numbers) - count, count)
     train = [text for number, text in enumerate(texts) if number not in chosen]
     return train, [texts[number] for number in sorted(chosen)]
+
+
+def check_count(name: str, count: int) -> None:
+    """ValueError where an expert has too few texts."""
+    if count < 2:
+        raise ValueError(
+            f"expert {name!r} has {count} texts, expected at least 2: some train, and some are held out to evaluate"
+        )
 
 
 class TeacherDataset(Dataset):

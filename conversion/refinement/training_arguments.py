@@ -12,7 +12,7 @@ from conversion.refinement.arguments import OUTPUT_HELP, RefineArguments
 from conversion.training.argument_parser import parse_dataclasses
 
 MAX_STEPS = 200
-NOT_IN_RECIPES = ("checkpoint", "output_dir", "overwrite", "resume_from_checkpoint")
+NOT_IN_RECIPES = ("checkpoint", "output_dir", "overwrite", "max_shard_size", "resume_from_checkpoint")
 
 
 @dataclass
@@ -20,7 +20,7 @@ class RefineTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for a short training of rows that are nearly right."""
 
     output_dir: str = field(metadata={"help": OUTPUT_HELP})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Highest learning rate."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Highest learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "How the learning rate falls."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of a rising rate, below 1: a share of all."})
     adam_beta2: float = field(default=0.98, metadata={"help": "Beta2 of AdamW."})
@@ -56,10 +56,15 @@ def parse_options(
     Raises:
         ValueError: an unknown option, a missing one, or a value that cannot be.
     """
-    own = recipe.refine or {}
+    own = dict(recipe.refine or {})
     for name in NOT_IN_RECIPES:
         if name in own:
             raise ValueError(f"refine.{name} of the recipe is given where the recipe is used: leave it out there")
+    if isinstance(data := own.get("train_data"), str):
+        # Here, for its library of data sets is slow to load and of no use to conversions that do not refine.
+        from conversion.io.data_rows import find_data
+
+        own["train_data"] = find_data(data, recipe.folder)
     args, training_args = parse_dataclasses(
         arguments, RefineArguments, RefineTrainingArguments, defaults={**own, **options}, source="refine"
     )
@@ -74,7 +79,7 @@ def parse_options(
     return args, training_args
 
 
-def check_recipe_options(recipe: Recipe) -> None:
+def check_recipe_options(recipe: Recipe, use_cpu: bool) -> None:
     """ValueError where `refine:` of a recipe has an option that there is not, or a value that cannot be."""
     if recipe.refine is not None:
-        parse_options(recipe, checkpoint="checkpoint", output_dir="out")
+        parse_options(recipe, checkpoint="checkpoint", output_dir="out", use_cpu=use_cpu)

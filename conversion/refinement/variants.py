@@ -98,15 +98,20 @@ def answer_prompts(
     prompts: Sequence[Sequence[int]],
     ends: Sequence[int],
     max_new_tokens: int,
+    max_length: int,
     batch_size: int,
 ) -> list[CalibrationText]:
-    """Prompts with what the expert's model answers, greedily, with the first of the tokens that end its answers."""
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(ends) or None, pad_token_id=0
-    )
+    """Prompts with what the expert's model answers, greedily, with the first of the tokens that end its answers.
+
+    Args:
+        max_new_tokens: the most tokens of an answer.
+        max_length: the most tokens of a prompt and its answer; more than any prompt has.
+    """
+    settings = GenerationConfig(do_sample=False, eos_token_id=list(ends) or None, pad_token_id=0)
     texts: dict[int, CalibrationText] = {}
     for numbers in batches(prompts, batch_size):
         input_ids, mask = (side.to(model.device) for side in pad([prompts[number] for number in numbers], left=True))
+        settings.max_new_tokens = min(max_new_tokens, max_length - input_ids.shape[1])
         outputs = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
         for number, output in zip(numbers, outputs[:, input_ids.shape[1] :].tolist()):
             stop = next((place for place, token in enumerate(output, start=1) if token in ends), len(output))

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from conversion.io.foreign_files import read_yaml
+from conversion.io.wording import one_line
 
 
 class TrainingArgumentParser(HfArgumentParser):
@@ -36,9 +37,12 @@ def parse_dataclasses(
     set_defaults(parser, defaults or {}, source)
     if known.config is not None:
         set_defaults(parser, read_yaml(Path(known.config)), known.config)
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ImportError as error:  # an option of what is not installed
+        raise ValueError(one_line(error)) from error
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}")
     for options in parsed:

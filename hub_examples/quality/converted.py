@@ -80,7 +80,8 @@ def refined(problem: Problem, budget: float, general: bool = False) -> Stored:
     out = problem.scratch / f"refined-{checkpoint.name}"
     recipe = recipe_with(problem, calibrated_choices(problem, budget, general))
     with contextlib.redirect_stdout(sys.stderr):  # the Trainer's log; tables and JSON stay alone
-        refine(checkpoint, recipe, out, train_data=str(write_calibration(problem, general)))
+        texts, rate = write_calibration(problem, general), problem.expert_set.refinement_rate
+        refine(checkpoint, recipe, out, train_data=str(texts.resolve()), learning_rate=rate)
     return read_stored(problem, out)
 
 

@@ -51,6 +51,7 @@ class ExpertSet:
     base_training: TrainingSettings | None = None  # None: the shipped base is taken as it is
     base_questions: int = 0  # of each skill
     left_out: int = 0  # families of each expert that no calibration shows
+    refinement_rate: float = 5e-4  # learning rate of a refinement: of heavy fine-tunes, above the default
 
     def calibrated_families(self, expert: SmallExpert) -> tuple[Family, ...]:
         return expert.families[self.left_out :]
@@ -107,7 +108,14 @@ SMALL_SETS = {
         ExpertSet("heavy8", half_skills(), HEAVY, questions=7500, seed=20),
         ExpertSet("heavy-b", whole_skills(), HEAVY, questions=10000, seed=30, left_out=2),
         ExpertSet(
-            "light", whole_skills(), LIGHT, questions=7500, seed=40, base_training=LIGHT_BASE, base_questions=3000
+            "light",
+            whole_skills(),
+            LIGHT,
+            questions=7500,
+            seed=40,
+            base_training=LIGHT_BASE,
+            base_questions=3000,
+            refinement_rate=1e-4,
         ),
     )
 }

@@ -34,4 +34,4 @@ class RealSet(ExpertSet):
         return list(INSTRUCTIONS)
 
 
-REAL = RealSet("real", tuple(SmallExpert(skill, skill, FAMILIES[skill]) for skill in SKILLS))
+REAL = RealSet("real", tuple(SmallExpert(skill, skill, FAMILIES[skill]) for skill in SKILLS), refinement_rate=2e-5)

@@ -303,19 +303,18 @@ def test_without_matplotlib(train, tmp_path, monkeypatch, caplog):
 
 
 def test_two_processes(stored, tmp_path, router_rows, write_jsonl):
-    """`accelerate launch` on two CPU processes: both train on their share, and one of them speaks and saves."""
+    """`torchrun` on two CPU processes: both train on their share, and one of them speaks and saves."""
     data = write_jsonl(tmp_path / "train.jsonl", router_rows(90, seed=0))
     evaluation = write_jsonl(tmp_path / "eval.jsonl", router_rows(31, seed=1))  # odd: one process has one more
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = subprocess.run(
         [
             *(sys.executable, "-m", *launch, "-m", "conversion", "train-router", str(stored.folder)),
             *("--train-data", data, "--eval-data", evaluation, "--output-dir", str(tmp_path / "routed")),
             *("--learning-rate", "0.1", "--num-train-epochs", "10", "--disable-tqdm", "true"),
-            *("--per-device-train-batch-size", "8", "--max-grad-norm", "0"),
+            *("--per-device-train-batch-size", "8", "--max-grad-norm", "0", "--use-cpu"),
         ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from conversion.convert import convert
 from conversion.io.row_reader import CheckpointReader
 from conversion.merging import dry_run
 from conversion.merging.dry_run import plan_conversion, plan_tables
-from conversion.merging.memory_budget import CHUNK_BYTES, held_bytes, plan_memory
+from conversion.merging.memory_budget import CHUNK_BYTES, held_bytes, memory_limit, plan_memory
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import parse_recipe
 
@@ -121,6 +121,7 @@ def test_a_calibrated_7b_model_fits_into_24_gb(tmp_path, no_data, write_recipe):
     memory = plan_memory(plan, 24 * 10**9, threads=2)
     least = 4 * 4 * 11008**2 + 3 * 8 * 11008**2
     assert memory.threads == 2 and 2 * least < memory.expected_peak < 14e9
+    assert plan_memory(plan, memory_limit(plan.recipe, None), threads=2).expected_peak <= 6e9  # the default
     with pytest.raises(ValueError, match=r"expected at least [56]\.\d\d GB for 4 experts"):
         plan_memory(plan, 2 * 10**9, threads=2)
 

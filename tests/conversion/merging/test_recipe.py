@@ -62,6 +62,11 @@ def test_another_merge_method_drops_the_presets_parameters():
     assert resolved.grouping.similarity == "cosine"
 
 
+def test_a_calibration_compares_by_loss_whatever_the_preset():
+    resolved = recipe(preset="paper-ties", calibration={"file": "f"}).resolved()
+    assert resolved.grouping.similarity == "l2"
+
+
 def test_naming_the_presets_own_method_keeps_its_parameters():
     assert recipe(preset="paper-ties", merge_method="ties").resolved() == (recipe(preset="paper-ties").resolved())
 
@@ -96,6 +101,10 @@ def test_the_method_is_neutral_where_it_reads_no_parameter():
         ({"grouping": {"similarity": "dot"}}, "grouping.similarity"),
         ({"grouping": {"budget": 0}}, "budget"),
         ({"grouping": {"budget": 0.5, "similarity": "cosine"}}, "use 'l2'"),
+        (
+            {"grouping": {"similarity": "cosine"}, "calibration": {"file": "f"}},
+            "grouping.similarity 'cosine' does not apply with a calibration",
+        ),
         ({"grouping": {"num_groups": 2, "bounds": [{"modules": "*"}]}}, "bounds apply to a budget"),
         (
             {"grouping": {"budget": 0.5, "bounds": [{"modules": "*", "min_rows": 3, "max_rows": 2}]}},
