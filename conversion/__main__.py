@@ -58,7 +58,7 @@ def convert(
         str | None,
         typer.Option(
             help="Memory to use beside the interpreter's own, and while experts are calibrated beside one expert's "
-            "weights; default: 2GB, with a calibration 6GB."
+            "weights; default: 2GB, with a calibration 7GB."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, ...")] = "cpu",
@@ -152,7 +152,7 @@ def calibrate(
         Path, typer.Argument(metavar="OUT-FILE", help="File of what is measured, calibration.safetensors.")
     ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a calibration file that is there.")] = False,
-    max_memory: Annotated[str, typer.Option(help="Memory to use beside one expert's weights.")] = "6GB",
+    max_memory: Annotated[str, typer.Option(help="Memory to use beside one expert's weights.")] = "7GB",
     device: Annotated[str, typer.Option(help="Where the models run: cpu, cuda, ...")] = "cpu",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only check, and print the plan: texts, passes, memory, disk.")

@@ -74,7 +74,7 @@ def calibrate(
         recipe: a recipe with calibration texts, or the path of its YAML file.
         out: the file to make. It appears only when it is complete.
         overwrite: replace a calibration file that is there.
-        max_memory: memory that may be used beside one expert's weights, bytes or a size such as "6GB"; no result
+        max_memory: memory that may be used beside one expert's weights, bytes or a size such as "7GB"; no result
             depends on it.
         device: where the models run.
         progress: show a progress bar.

@@ -42,7 +42,6 @@ from conversion.merging.merging_pass import output_tensors, write_modules
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.merging.workers import Workers
-from conversion.refinement.training_arguments import check_recipe_options
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ def convert(
         overwrite: replace a model folder that is there.
         reuse: leave it where this very conversion made it.
         max_memory: memory that may be used beside the interpreter's own, and while experts are calibrated beside one
-            expert's weights: bytes or a size such as "2GB"; None: 2GB, with a calibration 6GB. No result depends on
+            expert's weights: bytes or a size such as "2GB"; None: 2GB, with a calibration 7GB. No result depends on
             it, nor on the next.
         chunk_bytes: the most bytes of float32 rows that a thread takes at a time.
         max_shard_size: largest safetensors file, bytes or a size such as "5GB".
@@ -91,7 +90,10 @@ def convert(
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
-    check_recipe_options(recipe, use_cpu=device == "cpu")
+    if recipe.refine is not None:  # the libraries that training needs are slow to load
+        from conversion.refinement.training_arguments import check_recipe_options
+
+        check_recipe_options(recipe, use_cpu=device == "cpu")
     out = Path(out)
     shard_bytes = parse_size(max_shard_size)
     plan = make_plan(recipe, out, overwrite=overwrite)

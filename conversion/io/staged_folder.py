@@ -299,7 +299,7 @@ def is_result(target: Path, fingerprint: Mapping[str, Any]) -> bool:
 
 def working_folder(target: Path, name: str) -> Path:
     """The hidden folder of a target for what is made on the way to it."""
-    target = target.resolve()
+    target = Path(os.path.realpath(target))  # which takes a link to itself as it is
     return (target if _is_a_folder_of_its_own(target) else target.parent) / f".{target.name}.{name}"
 
 

@@ -15,7 +15,7 @@ from conversion.io.options import format_bytes
 from conversion.merging.plan import Plan
 from conversion.merging.shared_inputs import shared_inputs
 
-MAX_MEMORY = "6GB"  # unless another is given: a 7B in bfloat16 stays below 24 GiB with it
+MAX_MEMORY = "7GB"  # unless another is given: a 7B in bfloat16 stays below 24 GiB with it
 BATCH_TOKENS = 512  # of several texts together; a longer text is a batch of its own
 MAX_THREADS = 8
 # Libraries that load on first use, names and places of all tensors, the texts.

@@ -79,7 +79,7 @@ def parse_options(
     return args, training_args
 
 
-def check_recipe_options(recipe: Recipe, use_cpu: bool) -> None:
+def check_recipe_options(recipe: Recipe, use_cpu: bool = False) -> None:
     """ValueError where `refine:` of a recipe has an option that there is not, or a value that cannot be."""
     if recipe.refine is not None:
         parse_options(recipe, checkpoint="checkpoint", output_dir="out", use_cpu=use_cpu)

@@ -98,7 +98,7 @@ def calibrated_choices(problem: Problem, budget: float, general: bool) -> dict[s
     }
 
 
-def calibration_file(problem: Problem, general: bool) -> Path:
+def calibration_file(problem: Problem, general: bool = False) -> Path:
     """What the experts do on the calibration texts, measured once for all budgets."""
     from conversion.calibrate import calibrate
 
@@ -110,7 +110,7 @@ def calibration_file(problem: Problem, general: bool) -> Path:
     return file
 
 
-def write_calibration(problem: Problem, general: bool) -> Path:
+def write_calibration(problem: Problem, general: bool = False) -> Path:
     """The calibration texts of all experts, as a recipe names them."""
     file = problem.scratch / f"calibration{'-general' * general}.jsonl"
     own = problem.questions.calibration

@@ -168,7 +168,10 @@ def test_changed_inputs_start_afresh(run, whole, grouped, monkeypatch, tmp_path)
     interrupted(run, monkeypatch)
     grouped.clear()
     os.utime(tmp_path / "in" / "expert1" / "model.safetensors", (1, 1))
-    assert run() == whole
+    tells_inputs_apart = {".channel-merge.json"}
+    assert {name: data for name, data in run().items() if name not in tells_inputs_apart} == {
+        name: data for name, data in whole.items() if name not in tells_inputs_apart
+    }
     assert len(grouped) > 10
 
 

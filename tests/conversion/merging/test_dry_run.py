@@ -120,9 +120,9 @@ def test_a_calibrated_7b_model_fits_into_24_gb(tmp_path, no_data, write_recipe):
     plan = make_plan(parse_recipe(write_recipe(model, [model] * 4, **keys)))
     memory = plan_memory(plan, 24 * 10**9, threads=2)
     least = 4 * 4 * 11008**2 + 3 * 8 * 11008**2
-    assert memory.threads == 2 and 2 * least < memory.expected_peak < 14e9
-    assert plan_memory(plan, memory_limit(plan.recipe, None), threads=2).expected_peak <= 6e9  # the default
-    with pytest.raises(ValueError, match=r"expected at least [56]\.\d\d GB for 4 experts"):
+    assert memory.threads == 2 and 2 * least < memory.expected_peak < 15e9
+    assert plan_memory(plan, memory_limit(plan.recipe, None), threads=2).expected_peak <= 7e9  # the default
+    with pytest.raises(ValueError, match=r"expected at least [5-7]\.\d\d GB for 4 experts"):
         plan_memory(plan, 2 * 10**9, threads=2)
 
 
