@@ -30,7 +30,7 @@ test: $(TEST_VENV)/installed
 test-quantized: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
 		--target $(TEST_VENV)/quantize torchao
-	OMP_NUM_THREADS=1 PYTHONPATH=$(TEST_VENV)/quantize $(TEST_VENV)/bin/python -m pytest \
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TEST_VENV)/quantize $(TEST_VENV)/bin/python -m pytest \
 		tests/modeling_channel_merged/test_quantized_rows.py
 
 bench: $(TEST_VENV)/installed
