@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -358,22 +359,29 @@ def push(
     typer.echo(f"{pushed.url}  revision {pushed.revision}")
 
 
-class TrainRouterCommand(TyperCommand):
+class TrainingCommand(TyperCommand):
     """Shows the options that are parsed together with those of `transformers.TrainingArguments`."""
 
-    def format_options(self, ctx, formatter):
-        from conversion.router.arguments import option_help
+    room: str  # whose arguments they are
 
+    def format_options(self, ctx, formatter):
         super().format_options(ctx, formatter)
         with formatter.section("Training options"):
-            formatter.write_dl(option_help())
+            formatter.write_dl(import_module(f"conversion.{self.room}.arguments").option_help())
 
 
-@app.command(
-    "train-router",
-    cls=TrainRouterCommand,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+class TrainRouterCommand(TrainingCommand):
+    room = "router"
+
+
+class RefineCommand(TrainingCommand):
+    room = "refinement"
+
+
+PARSED_LATER = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("train-router", cls=TrainRouterCommand, context_settings=PARSED_LATER)
 def train_router(context: typer.Context, checkpoint: Checkpoint):
     """Train the router of a merged checkpoint and save the complete checkpoint again.
 
@@ -392,22 +400,7 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
         Console().print(*evaluation_tables(metrics), sep="\n")
 
 
-class RefineCommand(TyperCommand):
-    """Shows the options that are parsed together with those of `transformers.TrainingArguments`."""
-
-    def format_options(self, ctx, formatter):
-        from conversion.refinement.arguments import option_help
-
-        super().format_options(ctx, formatter)
-        with formatter.section("Training options"):
-            formatter.write_dl(option_help())
-
-
-@app.command(
-    "refine",
-    cls=RefineCommand,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+@app.command("refine", cls=RefineCommand, context_settings=PARSED_LATER)
 def refine(context: typer.Context, checkpoint: Checkpoint):
     """Train the stored rows of a merged checkpoint to say what its experts say; save the complete checkpoint again.
 

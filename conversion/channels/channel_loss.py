@@ -154,19 +154,20 @@ class GroupSolver:
         """
         weight, *biases = deltas
         merged, merged_biases = self.solve(weight, products, channels), [self.bias(bias) for bias in biases]
+        weights = [self._weights(use, channels).to(weight.device) for use in self._uses]
         total = torch.zeros(len(channels), dtype=torch.float64, device=weight.device)
         for place, member in enumerate(self._members):
             away = (weight[place].double() - merged).float()
             bias_squares = sum((bias[place] - mean).square().sum(1) for bias, mean in zip(biases, merged_biases))
-            for use in self._uses:
+            for use, of_use in zip(self._uses, weights, strict=True):
                 product = away if use.covariances is None else away @ use.covariances[member]
                 squares = (product * away).sum(1, dtype=torch.float64) + bias_squares
-                total += self._weights(use, channels)[place].to(total.device) * squares
+                total += of_use[place] * squares
         return total
 
     def _weights(self, use: Use, channels: torch.Tensor) -> torch.Tensor:
         """The members' weights of some channels: (M, C) float64."""
-        return use.weights[self._members][:, channels.to(use.weights.device)]
+        return use.weights[:, channels.to(use.weights.device)][self._members]
 
 
 def weighted_mean(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

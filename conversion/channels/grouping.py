@@ -232,14 +232,13 @@ def group_by_number(
     distinct: torch.Tensor,
     *,
     most_groups: int,
-    similarity: str = "l2",
     weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The groups of every channel for each number of groups, and what they cost.
 
     Args:
         most_groups: K.
-        gram, distinct, similarity, weights: as in `group_channels`.
+        gram, distinct, weights: as in `group_channels`.
 
     Returns:
         Labels (K, N, C) int8 of at most 1, 2, ..., K groups, and their costs (K, C) float64.
@@ -248,9 +247,9 @@ def group_by_number(
     labels = torch.empty((most_groups, num_experts, num_channels), dtype=torch.int8, device=gram.device)
     costs = torch.empty((most_groups, num_channels), dtype=torch.float64, device=gram.device)
     for number, (groups, cost) in enumerate(zip(labels, costs, strict=True), start=1):
-        found = group_channels(gram, distinct, num_groups=number, similarity=similarity, weights=weights)
+        found = group_channels(gram, distinct, num_groups=number, weights=weights)
         groups.copy_(found)
-        cost.copy_(partition_costs(gram, found, similarity=similarity, weights=weights))
+        cost.copy_(partition_costs(gram, found, weights=weights))
     return labels, costs
 
 
