@@ -1,7 +1,10 @@
 """Channel-merged checkpoints written straight from the stored form, with every expert's exact weights beside them."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from conversion.__main__ import main
 from conversion.channels.row_layout import layout_rows
 from conversion.checkpoints.checkpoint_report import inspect_checkpoint
 from conversion.hub.model_card import write_card
@@ -243,3 +247,39 @@ def measured(stored):
 @pytest.fixture(name="write_norms")
 def write_norms_fixture():
     return write_norms
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return call
+
+
+@pytest.fixture
+def run_on_two_processes(tmp_path):
+    """Run the command line by torchrun on two CPU processes, which must succeed: what they say."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        result = subprocess.run(
+            [*launch, "-m", "conversion", *arguments],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return call

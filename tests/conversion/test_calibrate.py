@@ -13,7 +13,6 @@ import torch
 
 import conversion.calibrate as room
 import conversion.merging.calibration as measuring
-from conversion.__main__ import main
 from conversion.calibrate import calibrate, plan_only
 from conversion.merging.calibration_file import read_calibration
 from conversion.merging.plan import make_plan
@@ -37,20 +36,6 @@ def recipe(make_experts, write_recipe, tmp_path):
     base, experts = make_experts("llama", 2, folder=tmp_path / "models")
     write_recipe(base, experts, tmp_path / "recipe.yaml", calibration={"data": "texts.jsonl"})
     return tmp_path / "recipe.yaml"
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return call
 
 
 def names(folder: Path) -> set[str]:

@@ -18,22 +18,6 @@ COMMANDS = ["convert", "calibrate", "inspect", "export", "add-expert", "generate
 
 
 @pytest.fixture
-def run(capsys, monkeypatch):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def call(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        output = capsys.readouterr()
-        return stop.value.code, output.out, output.err
-
-    return call
-
-
-@pytest.fixture
 def routed(stored):
     """The checkpoint with a router that sends "def" to code and everything else to math."""
     tensors = load_file(stored.folder / "model.safetensors")

@@ -463,26 +463,17 @@ def test_texts_longer_than_the_model_are_cut(make_merged, tmp_path, write_jsonl,
     assert "1 of 12 texts have more than 64 tokens" in caplog.text and record["experts"]["e0"]["texts"] == 2
 
 
-def test_two_processes(make_merged, tmp_path):
+def test_two_processes(make_merged, tmp_path, run_on_two_processes):
     """`torchrun` on two CPU processes: one asks the teachers, both train, one speaks and saves."""
     make_merged()
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     # One step on all texts, whose gradient no order of the texts changes.
     own = {**OPTIONS, "max_steps": 1, "eval_steps": 1, "save_steps": 1, "warmup_steps": 0, "optim": "sgd"}
     own |= {"learning_rate": 1.0, "per_device_train_batch_size": 24}
     options = [text for name, value in own.items() for text in (f"--{name}", str(value))]
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", *launch, "-m", "conversion", "refine", str(tmp_path / "merged")),
-            *("--recipe", str(tmp_path / "recipe.json"), "--output-dir", str(tmp_path / "out"), *options),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    result = run_on_two_processes(
+        *("refine", str(tmp_path / "merged"), "--recipe", str(tmp_path / "recipe.json")),
+        *("--output-dir", str(tmp_path / "out"), *options),
     )
-    assert result.returncode == 0, result.stderr
     assert result.stdout.count("KL a token") == result.stderr.count("saved the refined checkpoint") == 1
     own["per_device_train_batch_size"] = 48
     alone = refine(tmp_path / "merged", tmp_path / "recipe.json", tmp_path / "alone", **own)

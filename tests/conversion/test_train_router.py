@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -302,25 +301,16 @@ def test_without_matplotlib(train, tmp_path, monkeypatch, caplog):
     assert "router_confusion.png" not in (tmp_path / "routed" / "README.md").read_text()
 
 
-def test_two_processes(stored, tmp_path, router_rows, write_jsonl):
+def test_two_processes(stored, tmp_path, router_rows, write_jsonl, run_on_two_processes):
     """`torchrun` on two CPU processes: both train on their share, and one of them speaks and saves."""
     data = write_jsonl(tmp_path / "train.jsonl", router_rows(90, seed=0))
     evaluation = write_jsonl(tmp_path / "eval.jsonl", router_rows(31, seed=1))  # odd: one process has one more
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", *launch, "-m", "conversion", "train-router", str(stored.folder)),
-            *("--train-data", data, "--eval-data", evaluation, "--output-dir", str(tmp_path / "routed")),
-            *("--learning-rate", "0.1", "--num-train-epochs", "10", "--disable-tqdm", "true"),
-            *("--per-device-train-batch-size", "8", "--max-grad-norm", "0", "--use-cpu"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    result = run_on_two_processes(
+        *("train-router", str(stored.folder)),
+        *("--train-data", data, "--eval-data", evaluation, "--output-dir", str(tmp_path / "routed")),
+        *("--learning-rate", "0.1", "--num-train-epochs", "10", "--disable-tqdm", "true"),
+        *("--per-device-train-batch-size", "8", "--max-grad-norm", "0", "--use-cpu"),
     )
-    assert result.returncode == 0, result.stderr
     assert result.stdout.count("Queries by source") == result.stderr.count("saved the trained checkpoint") == 1
     metrics = json.loads((tmp_path / "routed" / "router_eval.json").read_text())
     assert (metrics["queries"], metrics["accuracy"]) == (31, 1.0)
