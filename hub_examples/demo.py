@@ -33,8 +33,6 @@ from conversion.train_router import main as train_router
 TINY_EXPERTS = Path(__file__).parent / "tiny_experts"
 BASELINES = {"average": "average of all four", "ties": "TIES of all four"}
 PRESETS = ("paper-ties", "paper-dare", "recommended")
-REFINED = "recommended, refined"
-ROUTED = {"paper-ties": "paper-ties", REFINED: "refined"}  # models that get a router, and their folders
 SEED = 0
 TEST_SEED = 1
 ROUTER_QUERIES = 400  # of each skill
@@ -143,34 +141,31 @@ def main():
     console.print(f"[dim]channel-merge refine MERGED --recipe {recipe.relative_to(TINY_EXPERTS.parents[1])} OUT[/dim]")
     refinement = refine(out / "recommended", recipe, out / "refined", overwrite=True)
 
-    console.rule("Training the routers")
+    console.rule("Training the router")
     write_router_data(out / "router_train.jsonl", "train", ROUTER_QUERIES, SEED)
     write_router_data(out / "router_eval.jsonl", "test", args.questions, TEST_SEED)
-    router_accuracy = {}
-    for name, folder in ROUTED.items():
-        metrics = train_router(
-            [
-                *("--checkpoint", str(out / folder), "--output-dir", str(out / f"{folder}-routed"), "--overwrite"),
-                *("--train-data", str(out / "router_train.jsonl"), "--eval-data", str(out / "router_eval.jsonl")),
-                *("--seed", str(SEED), "--logging-strategy", "no"),
-            ]
-        )
-        router_accuracy[name] = metrics["accuracy"]
+    router_accuracy = train_router(
+        [
+            *("--checkpoint", str(out / "refined"), "--output-dir", str(out / "routed"), "--overwrite"),
+            *("--train-data", str(out / "router_train.jsonl"), "--eval-data", str(out / "router_eval.jsonl")),
+            *("--seed", str(SEED), "--logging-strategy", "no"),
+        ]
+    )["accuracy"]
 
     console.rule("Answering questions")
     rows: dict[str, Accuracies] = {}
     tokenizer = AutoTokenizer.from_pretrained(TINY_EXPERTS / "base", padding_side="left")
-    for name in ("base", *SKILLS):
-        title = name if name == "base" else f"expert {name}"
-        rows[title] = accuracies(load(TINY_EXPERTS / name), tokenizer, tests, right_expert=False)
-    rows["the four experts"] = {skill: rows[f"expert {skill}"][skill] for skill in SKILLS}
+    rows["base"] = accuracies(load(TINY_EXPERTS / "base"), tokenizer, tests, right_expert=False)
+    rows["the four experts"] = {
+        skill: exact_match(load(TINY_EXPERTS / skill), tokenizer, tests[skill]) for skill in SKILLS
+    }
     for name, title in BASELINES.items():
         rows[title] = accuracies(load(out / name), tokenizer, tests, right_expert=True)
-    for name in (*PRESETS, REFINED):
-        model = load(out / (f"{ROUTED[name]}-routed" if name in ROUTED else name))
-        rows[f"{name}, expert given"] = accuracies(model, tokenizer, tests, right_expert=True)
-        if name in ROUTED:
-            rows[f"{name}, routed"] = routed_accuracies(model, tokenizer, tests)
+    for name in PRESETS:
+        rows[f"{name}, expert given"] = accuracies(load(out / name), tokenizer, tests, right_expert=True)
+    routed = load(out / "routed")
+    rows["recommended, refined, expert given"] = accuracies(routed, tokenizer, tests, right_expert=True)
+    rows["recommended, refined, routed"] = routed_accuracies(routed, tokenizer, tests)
 
     console.rule("Results")
     sizes, shares = size_table({name: out / name for name in (*BASELINES, *PRESETS)})
@@ -183,11 +178,10 @@ def main():
         f"Refinement brought the divergence from the experts on held-out texts from {refinement['kl_before']:.3f} to "
         f"{refinement['kl_after']:.3f} a token"
     )
-    for name, accuracy in router_accuracy.items():
-        console.print(f"Router of {name}: right expert for {accuracy:.1%} of {args.questions * len(SKILLS)} queries")
-    console.print(mixed_batch_table(out / f"{ROUTED[REFINED]}-routed", tests))
+    console.print(f"Router: right expert for {router_accuracy:.1%} of {args.questions * len(SKILLS)} queries")
+    console.print(mixed_batch_table(out / "routed", tests))
     seconds = time.perf_counter() - start
-    console.print(f"Done in {seconds:.0f} s. The routed models are in {out}.")
+    console.print(f"Done in {seconds:.0f} s. The routed model is {out / 'routed'}.")
     divergence = {key: refinement[key] for key in ("kl_before", "kl_after")}
     summary = {"exact_match": rows, "stored_share": shares, "router_accuracy": router_accuracy, **divergence}
     print(json.dumps({**summary, "seconds": round(seconds)}))
