@@ -99,7 +99,9 @@ def answer_prompts(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     experts, probabilities, fallbacks = ([value] * len(prompts) for value in (expert, None, None))
     if expert is None:
-        experts, probabilities, fallbacks = choose_experts(model, encode_prompts(tokenizer, queries, chat).to(device))
+        experts, probabilities, fallbacks = choose_experts(
+            model, encode_prompts(tokenizer, queries, chat).to(device), whole=chat
+        )
     speakers = {
         name: ExpertTokenizer.of_checkpoint(folder, config, tokenizer, name) for name in dict.fromkeys(experts)
     }
@@ -119,9 +121,15 @@ def answer_prompts(
     return [Answer(*fields) for fields in zip(prompts, experts, probabilities, fallbacks, texts, strict=True)]
 
 
-def choose_experts(model: Any, inputs: BatchEncoding) -> tuple[list[str], list[float], list[str | None]]:
-    """Of each query the expert that answers it, the router's probability for that one, and why it is the default."""
-    routing = model.route(**inputs, top_k=1)
+def choose_experts(
+    model: Any, inputs: BatchEncoding, *, whole: bool
+) -> tuple[list[str], list[float], list[str | None]]:
+    """Of each query the expert that answers it, the router's probability for that one, and why it is the default.
+
+    Args:
+        whole: the inputs hold nothing but what the router is to read.
+    """
+    routing = model.route(**inputs, top_k=1, whole=whole)
     experts = [model.config.expert_names[number] for number in routing.expert_index.tolist()]
     probabilities = routing.probabilities.gather(1, routing.expert_index[:, None]).flatten().tolist()
     return experts, probabilities, fallback_reasons(model, routing, inputs["attention_mask"])

@@ -57,6 +57,7 @@ from conversion.router.features import RouterOnFeatures, cache_features
 from conversion.router.metrics import evaluate_router, router_metrics, useful_temperature
 from conversion.router.training_arguments import RouterTrainingArguments, parse_arguments
 from conversion.training.trainer_checkpoints import FinishedCheckpoints, find_resumed, log_parameters
+from conversion.vocabulary.chat_markers import derive_turns
 from conversion.vocabulary.prompts import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def train_router(
     set_seed(training_args.seed)
 
     tokenizer = load_tokenizer(folder)
+    turns = derive_turns(tokenizer).turns
+    config.router["turns"] = turns.to_dict() if turns else None
     with training_args.main_process_first():
         train = load_queries(args.train_data, tokenizer, config)
         evaluation = load_queries(args.eval_data or (), tokenizer, config)

@@ -7,6 +7,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .chat_turns import ChatTurns
+
 # Version 1 may leave out `router.features`: its first routers, which named none, read the trunk alone.
 FORMAT_VERSION = 2
 
@@ -38,7 +40,8 @@ class ChannelMergedConfig(PreTrainedConfig):
             untrained or less sure than `threshold`), `threshold` (probability in [0, 1]; 0 always follows the router),
             `max_tokens` (the router reads the first and the last half of so many tokens of a longer query), `context`
             (what it reads of a conversation: "last_user_turn" or "conversation", all turns of the user; never system
-            prompts or answers).
+            prompts or answers), `turns` (by what it finds them in a prompt's token ids, see `ChatTurns`; None: it
+            reads all of a prompt).
         expert_vocabularies: every expert's own vocabulary by its name, where it is whole: `size` ids, which are the
             merged vocabulary's ids in `runs` of [first id, length], and its own `bos_token_id`, `eos_token_id` and
             `pad_token_id`. An export restores it.
@@ -96,6 +99,7 @@ class ChannelMergedConfig(PreTrainedConfig):
             "threshold": 0.0,
             "max_tokens": min(256, getattr(self.text_config, "max_position_embeddings", None) or 256),
             "context": "last_user_turn",
+            "turns": None,
             **(self.router or {}),
         }
         self.expert_vocabularies = dict(self.expert_vocabularies or {})
@@ -158,6 +162,11 @@ class ChannelMergedConfig(PreTrainedConfig):
             raise ValueError(f"router.max_tokens is {max_tokens!r}, expected a number of at least 1")
         if self.router["context"] not in CONTEXTS:
             raise ValueError(f"router.context is {self.router['context']!r}, expected one of {CONTEXTS}")
+        if self.router["turns"] is not None:
+            try:
+                ChatTurns.from_dict(self.router["turns"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"router.turns are no markers of chat templates: {error}") from None
 
     @property
     def hidden_size(self) -> int:

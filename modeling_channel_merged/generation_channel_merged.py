@@ -185,7 +185,7 @@ class ExpertGenerationMixin(GenerationMixin):
                     f"router_input_ids, {tuple(input_ids.shape)}"
                 )
             attention_mask = attention_mask.to(prompts.device)
-        return self.route(input_ids.to(prompts.device), attention_mask)
+        return self.route(input_ids.to(prompts.device), attention_mask, whole=True)
 
     def _get_stopping_criteria(self, generation_config: GenerationConfig, *args, **kwargs) -> StoppingCriteriaList:
         """Where experts end their answers with different tokens, each row stops at those of its own expert.

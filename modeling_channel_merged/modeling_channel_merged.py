@@ -262,9 +262,9 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
 
     ```python
     model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    model.generate(**inputs)                        # routes each prompt by itself
+    model.generate(**inputs)                        # routes each prompt by itself, a chat by the user's last turn
     model.generate(**inputs, expert_index="math")   # or an index, a list, or a LongTensor (B,)
-    model.generate(**inputs, **model.router_inputs(tokenizer, messages))   # routes by the last turn of the user
+    model.generate(**inputs, **model.router_inputs(tokenizer, messages))   # the same, from messages
     ```
     """
 
@@ -292,7 +292,8 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
             expert_index: name, index, list of B of them, or (B,) int64 tensor. An int64 tensor (B, T) names the expert
                 of each token, for rows in which several queries are packed, kept apart by `position_ids` that restart
                 or by the mask; it goes without a cache, since a cache's row is one expert's.
-            router_only: return the `RouterOutput` alone.
+            router_only: return the `RouterOutput` alone, of all that is given; `route` leaves of a chat what the
+                router reads.
             expert_labels: (B,) int64 right experts, or their names: returns the router's cross-entropy and logits, and
                 runs only the layers that the router needs.
         """
@@ -305,7 +306,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
         if labels is not None and labels.dim() == 1:
             expert_labels = labels
         if expert_labels is not None:
-            router_logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
+            router_logits = self.router_logits(*self._read_by_router(input_ids, attention_mask), inputs_embeds)
             loss = self.router_loss(router_logits, expert_labels, kwargs.get("num_items_in_batch"))
             return ChannelMergedCausalLMOutput(loss=loss, router_logits=router_logits)
         experts, router_logits = self._experts_of_batch(

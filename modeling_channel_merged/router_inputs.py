@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .chat_turns import ChatTurns
 from .configuration_channel_merged import CONTEXTS
 
 
@@ -42,6 +43,35 @@ def check_router_mask(attention_mask: Any, inputs: torch.Tensor):
         f"attention_mask is {shape}, but routing reads one of shape {tuple(inputs.shape[:2])}, 1 for tokens and 0 for "
         "padding: give such a mask, or the experts as expert_index"
     )
+
+
+def last_turns(
+    input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, turns: ChatTurns, context: str
+) -> tuple[torch.LongTensor, torch.Tensor | None]:
+    """Leave of every prompt that is a chat what the router reads of it, in the frame that the router knows.
+
+    A prompt without a turn of the user stays whole.
+
+    Args:
+        input_ids: (B, T) int64; attention_mask: (B, T), padding on any side, or None.
+        context: "last_user_turn" or "conversation".
+
+    Returns:
+        Both, unchanged where no prompt is a chat, otherwise (B, S), padded on the right.
+    """
+    masks = [None] * len(input_ids) if attention_mask is None else attention_mask.tolist()
+    prompts = [
+        ids if mask is None else [number for number, is_token in zip(ids, mask) if is_token]
+        for ids, mask in zip(input_ids.tolist(), masks)
+    ]
+    queries = [turns.router_query(ids, context) for ids in prompts]
+    if all(query is None for query in queries):
+        return input_ids, attention_mask
+    rows = [ids if query is None else query for ids, query in zip(prompts, queries)]
+    length = max(map(len, rows))
+    ids = [[*row, *[0] * (length - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return input_ids.new_tensor(ids), torch.tensor(mask, device=input_ids.device)
 
 
 def shorten(

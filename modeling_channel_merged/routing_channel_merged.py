@@ -13,9 +13,10 @@ from transformers import Cache
 from transformers.utils import logging
 
 from .active_experts import ActiveExperts, activate, active_or_none
+from .chat_turns import ChatTurns
 from .expert_caches import BatchExperts, check_not_filled, experts_of_cache
 from .model_outputs import RouterOutput
-from .router_inputs import check_router_mask, shorten
+from .router_inputs import check_router_mask, last_turns, shorten
 
 logger = logging.get_logger(__name__)
 
@@ -85,15 +86,20 @@ class ExpertRoutingMixin:
         inputs_embeds: torch.FloatTensor | None = None,
         *,
         top_k: int | None = None,
+        whole: bool = False,
     ) -> RouterOutput:
         """Which expert should answer each query.
 
-        Of a query longer than `config.router["max_tokens"]`, its first and last tokens are read. A query of padding
-        only, or of no tokens, has zero logits and the default expert.
+        Of a chat, the last turn of the user is read, or all of the user's turns, as `config.router["context"]` says:
+        found by `config.router["turns"]`, the markers of the checkpoint's chat templates. Where there are none, where
+        none is in a prompt, and of `inputs_embeds`, all is read. Of a query longer than
+        `config.router["max_tokens"]`, its first and last tokens are read. A query of padding only, or of no tokens,
+        has zero logits and the default expert.
 
         Args:
             input_ids: (B, T) token ids, or `inputs_embeds` (B, T, H); `attention_mask` (B, T), padding on any side.
             top_k: also return this many most probable experts, at most N.
+            whole: read all of every query, whatever turns are in it, as of what `router_inputs` made.
 
         Raises:
             ValueError: top_k is not a number from 1 to N, a mask that is not (B, T), or a query whose features are not
@@ -102,6 +108,8 @@ class ExpertRoutingMixin:
         num_experts = self.config.num_experts
         if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= num_experts):
             raise ValueError(f"top_k is {top_k!r}, expected 1 to {num_experts}, the number of experts")
+        if not whole:
+            input_ids, attention_mask = self._read_by_router(input_ids, attention_mask)
         # Through __call__, so that the hooks of sharded and offloaded models run.
         routing = self(
             input_ids=input_ids,
@@ -114,6 +122,17 @@ class ExpertRoutingMixin:
             probabilities, experts = routing.probabilities.sort(dim=-1, descending=True, stable=True)
             routing["top_experts"], routing["top_probabilities"] = experts[:, :top_k], probabilities[:, :top_k]
         return routing
+
+    def _read_by_router(
+        self, input_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
+        """Of every chat in a batch, the turns of the user that the router reads."""
+        if input_ids is None or self.config.router["turns"] is None:
+            return input_ids, attention_mask
+        if attention_mask is not None:
+            check_router_mask(attention_mask, input_ids)
+        turns = ChatTurns.from_dict(self.config.router["turns"])
+        return last_turns(input_ids, attention_mask, turns, self.config.router["context"])
 
     def router_logits(
         self,
@@ -252,7 +271,7 @@ class ExpertRoutingMixin:
             experts = BatchExperts.of_rows(self._expert_rows(expert_index, len(inputs)), inputs.device, given)
         else:
             check_not_filled(past_key_values)
-            routing = self._route(input_ids, attention_mask, inputs_embeds)
+            routing = self._route(*self._read_by_router(input_ids, attention_mask), inputs_embeds)
             experts = BatchExperts.of_rows(routing.expert_index.tolist(), inputs.device, routing.expert_index)
             router_logits = routing.logits
         if cached is not None:

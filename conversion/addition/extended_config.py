@@ -11,6 +11,8 @@ from conversion.channels.delta_errors import relative_error
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.hub.conversion_report import package_versions
 from conversion.io.model_files import GENERATION_CONFIG, read_config_file
+from conversion.vocabulary.chat_markers import DerivedTurns, derive_turns
+from conversion.vocabulary.own_vocabulary import find_tokenizer
 from modeling_channel_merged import ChannelMergedConfig
 
 
@@ -34,6 +36,7 @@ def extended_config(addition: Addition, modules: Mapping[str, ModuleAddition]) -
         "expert_names": addition.expert_names,
         "num_experts": addition.num_experts,
         "rows": rows,
+        "router": {**old.router, "turns": turns.to_dict() if (turns := chat_turns(addition).turns) else None},
         "merge": merge,
         "expert_vocabularies": vocabularies | ({name: own} if own else {}),
         "expert_eos_token_ids": ends if len(set(map(tuple, ends.values()))) > 1 else None,
@@ -95,6 +98,13 @@ def vocabulary_record(addition: Addition) -> dict[str, Any] | None:
     if addition.vocabulary is None:
         return addition.merged.config.expert_vocabularies.get(addition.adapted)
     return addition.vocabulary.expert_records().get(addition.vocabulary.experts[0].name)
+
+
+def chat_turns(addition: Addition) -> DerivedTurns:
+    """The markers of the chat templates that the checkpoint then has; an expert that adapts one brings no other."""
+    if addition.vocabulary is None:
+        return derive_turns(find_tokenizer("the checkpoint", addition.merged.folder))
+    return addition.vocabulary.chat_turns
 
 
 def end_tokens(addition: Addition) -> dict[str, list[int]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from conversion.addition.extended_config import chat_turns
 from conversion.addition.module_addition import ModuleAddition
 from conversion.addition.plan import Addition
 from conversion.channels.delta_errors import norm, relative_error
@@ -47,6 +48,7 @@ def extended_report(
         report["relative_errors"][name] = config.merge["added_experts"][-1]["relative_error"]
     if "experts" in report.get("vocabulary", {}):
         report["vocabulary"]["experts"] |= vocabulary_report(report["vocabulary"]["experts"], addition)
+        report["vocabulary"]["chat_turns"] = chat_turns(addition).record()
     return report
 
 

@@ -58,6 +58,7 @@ def merged_config(plan: Plan, rows: Mapping[str, int], report: Mapping[str, Any]
         expert_names=plan.expert_names,
         num_experts=plan.num_experts,
         rows=dict(rows),
+        router={"turns": turns.to_dict() if (turns := plan.vocabulary.chat_turns.turns) else None},
         merge={field: report[field] for field in MERGE_FIELDS},
         architectures=["ChannelMergedForCausalLM"],
         dtype=plan.dtype,

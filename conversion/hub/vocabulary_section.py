@@ -30,9 +30,24 @@ of an expert by its name, where anyone has one. The logits of a token that an ex
 prompt such a token is the mean of the base's. Each answer ends at the tokens that end its own expert's answers.
 
 {markdown.table(head, rows)}
-{"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}
+{"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}{_chat_notes(vocabulary)}
 An expert's own tokenizer, where all of its tokens are here, is `subfolder="{EXPERT_FOLDER}/NAME"`; the merged ids
 of its tokens are in `config.expert_vocabularies`. `channel-merge generate` uses it."""
+
+
+def _chat_notes(vocabulary: Mapping[str, Any]) -> str:
+    """Of which chat templates the router reads more than the user's turns, one line each."""
+    turns = vocabulary.get("chat_turns", {})
+    notes = [
+        f"the router reads prompts in the chat template `{name}` whole: the user's turns cannot be told from the rest "
+        f"({reason})"
+        for name, reason in turns.get("read_whole", {}).items()
+    ]
+    if together := turns.get("read_with_system_prompt"):
+        notes.append(
+            f"the chat templates {_codes(together)} put a system prompt into a turn of the user: the router reads both"
+        )
+    return "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
 
 
 def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from conversion.io.data_rows import read_data
 from conversion.router.augmentation import augment
 from conversion.router.style_queries import STYLES, style_queries
 from conversion.vocabulary.prompts import render, with_valid_text
+from modeling_channel_merged.chat_turns import ChatTurns
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 from modeling_channel_merged.router_inputs import router_messages, shorten
 
@@ -137,6 +138,7 @@ def encode_queries(
         ValueError: a text without tokens.
     """
     encoded = [dict(query) for query in queries]
+    turns = ChatTurns.from_dict(config.router["turns"]) if config.router["turns"] else None
     for chat in (False, True):
         numbers = [number for number, query in enumerate(queries) if query["chat"] is chat]
         texts = [render(tokenizer, queries[number]["text"]) if chat else queries[number]["text"] for number in numbers]
@@ -145,6 +147,8 @@ def encode_queries(
         for number, text, input_ids in zip(numbers, texts, ids):
             if not input_ids:
                 raise ValueError(f"the tokenizer makes no token of the text {text[:80]!r}")
+            if turns is not None and not chat:  # a text may be a whole conversation, in a template already
+                input_ids = turns.router_query(input_ids, config.router["context"]) or input_ids
             encoded[number]["input_ids"] = shorten_ids(input_ids, config.router["max_tokens"])
     return encoded
 

@@ -1,6 +1,5 @@
 """How each expert reads a prompt and writes its answer, in ids of the merged vocabulary, and where its answer ends."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,7 @@ class ExpertTokenizer:
         if vocabulary.tokenizer is None:
             raise ValueError("texts need a tokenizer, and the base model has none")
         own, record = vocabulary.experts[expert], vocabulary.expert_records().get(vocabulary.experts[expert].name)
-        merged = copy.deepcopy(vocabulary.tokenizer)
-        merged.chat_template = vocabulary.chat_templates or None
+        merged = vocabulary.chat_tokenizer
         if own.tokenizer is None or record is None or vocabulary.dropped(expert)[0]:
             return cls(own.name, merged)
         channels = vocabulary.channels[expert]

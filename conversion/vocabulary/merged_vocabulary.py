@@ -16,6 +16,7 @@ expert's own tokenizer lies in `experts/<name>/` of the checkpoint.
 Shapes: N experts, V channels of the merged vocabulary.
 """
 
+import copy
 import json
 import logging
 import re
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conversion.io.model_files import same_file
 from conversion.io.wording import first_names
+from conversion.vocabulary.chat_markers import DerivedTurns, derive_turns
 from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, OwnVocabulary, named_templates
 from conversion.vocabulary.union_tokenizer import PIECE_MARK, SAMPLES, extended_tokenizer, sample_texts
 
@@ -172,6 +174,19 @@ class MergedVocabulary:
                 templates[name] = text
         return templates
 
+    @property
+    def chat_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """A copy of the merged model's tokenizer, with its chat templates."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        if tokenizer is not None:
+            tokenizer.chat_template = self.chat_templates or None
+        return tokenizer
+
+    @cached_property
+    def chat_turns(self) -> DerivedTurns:
+        """The markers by which the merged model finds the user's turns in a prompt."""
+        return derive_turns(self.chat_tokenizer)
+
     def report(self) -> dict[str, Any]:
         """What became of every expert's vocabulary, and whether the merged tokenizer encodes as its own did."""
         experts = {}
@@ -190,7 +205,13 @@ class MergedVocabulary:
                 "eos_token_ids": self.eos_token_ids(number),
                 "encoding": self._compare_encodings(number),
             }
-        return {"source": self.source, "size": self.size, "base_size": self.base.size, "experts": experts}
+        return {
+            "source": self.source,
+            "size": self.size,
+            "base_size": self.base.size,
+            "experts": experts,
+            "chat_turns": self.chat_turns.record(),
+        }
 
     def _compare_encodings(self, expert: int) -> dict[str, Any] | None:
         """The merged tokenizer against the expert's own one on sample texts; None without an own one."""

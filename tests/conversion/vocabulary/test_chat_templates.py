@@ -5,8 +5,13 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
+from conversion.add_expert import add_expert
+from conversion.io.model_files import REPORT_FILE
 from conversion.merging.plan import make_plan
+from conversion.train_router import main as train_router
+from conversion.vocabulary.chat_markers import derive_turns
 from conversion.vocabulary.merged_vocabulary import with_special_tokens
+from modeling_channel_merged import ChannelMergedConfig
 
 from .conftest import BASE_SIZE, BASE_TEMPLATE, CHATML, NAMES, Experts, byte_tokenizer, extended, model_of_size, save
 
@@ -82,3 +87,39 @@ def test_two_templates_never_share_a_file(llama, tmp_path, first, second):
     folders = {name: folder if name == "math" else llama.folders["chat"] for name in (first, second)}
     with pytest.raises(ValueError, match="its chat template would be '[Mm]ath-(pro|PRO)', and '.*' is there already"):
         make_plan(Experts(llama.base, folders).recipe())
+
+
+def test_the_config_has_the_markers_of_the_templates_and_the_report_says_where_there_are_none(llama, merged_llama):
+    """The base's template, in brackets, cannot be told from ordinary text, and so nothing frames a turn."""
+    config, report = (json.loads((merged_llama / name).read_text()) for name in ("config.json", REPORT_FILE))
+    assert config["router"].get("turns") is None
+    assert {*report["vocabulary"]["chat_turns"]["read_whole"]} == {"default", *NAMES}
+    assert "prompts in the chat template `default` whole" in (merged_llama / "README.md").read_text()
+
+
+def test_markers_are_kept_where_experts_are_added_and_routers_trained(llama, tmp_path):
+    base = save(model_of_size("llama", BASE_SIZE, 0), None, tmp_path / "base")
+    extended("<|im_start|>", "<|im_end|>", template=CHATML).save_pretrained(base)
+    out = Experts(base, llama.folders).convert(tmp_path / "out", "math", "small", tokenizer_source="base")
+    turns = ChannelMergedConfig.from_pretrained(out).router["turns"]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert turns == derive_turns(tokenizer).turns.to_dict() and len(turns["templates"]) == 1
+    assert tokenizer.decode(turns["before"]) == "<|im_start|>user\n"
+    # An old checkpoint has none, and gets them.
+    config = json.loads((out / "config.json").read_text())
+    del config["router"]["turns"]
+    (out / "config.json").write_text(json.dumps(config))
+    add_expert(out, llama.folders["chat"], tmp_path / "larger", "chat", progress=False)
+    assert ChannelMergedConfig.from_pretrained(tmp_path / "larger").router["turns"] == turns
+    report = json.loads((tmp_path / "larger" / REPORT_FILE).read_text())
+    assert report["vocabulary"]["chat_turns"] == {"read_whole": {}, "read_with_system_prompt": []}
+    data = tmp_path / "train.jsonl"
+    rows = [{"text": f"{name} {number}", "expert": name} for number in range(4) for name in ("math", "small")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_router(
+        [
+            *("--checkpoint", str(out), "--train-data", str(data), "--output-dir", str(tmp_path / "routed")),
+            *("--style-queries", "0", "--disable-tqdm", "true", "--use-cpu", "--num-train-epochs", "1"),
+        ]
+    )
+    assert ChannelMergedConfig.from_pretrained(tmp_path / "routed").router["turns"] == turns
