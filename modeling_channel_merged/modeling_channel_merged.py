@@ -25,7 +25,7 @@ from .channel_merged_layers import (
 )
 from .configuration_channel_merged import ChannelMergedConfig
 from .expert_caches import remember_experts
-from .expert_router import ExpertRouter
+from .expert_router import ExpertRouter, keep_router_in_memory
 from .generation_channel_merged import ExpertGenerationMixin
 from .model_outputs import ChannelMergedCausalLMOutput, ChannelMergedModelOutput, RouterOutput
 from .routing_channel_merged import ExpertIndex, ExpertRoutingMixin, stop_after_trunk
@@ -61,6 +61,8 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, PreTrainedModel):
         Raises:
             ValueError: `tp_plan`, `tp_size`, or a `distributed_config` with one of them.
         """
+        if isinstance(kwargs.get("device_map"), dict):
+            kwargs["device_map"] = dict(kwargs["device_map"])  # it is changed while loading
         distributed = kwargs.get("distributed_config")
         for name in ("tp_plan", "tp_size"):
             in_config = distributed.get(name) if isinstance(distributed, dict) else getattr(distributed, name, None)
@@ -134,6 +136,8 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, PreTrainedModel):
     def _load_pretrained_model(model: PreTrainedModel, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """Part of loading: what Transformers would load wrongly without a word is refused."""
         check_stored_tensors(model, state_dict, checkpoint_files, load_config)
+        if load_config.device_map is not None:
+            keep_router_in_memory(load_config.device_map)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
