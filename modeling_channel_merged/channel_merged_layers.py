@@ -413,6 +413,13 @@ def swap_modules(inner: nn.Module, modules: ModuleMap, rows: dict[str, int], num
     inner.get_output_embeddings().is_head = True
 
 
+def read_rows(channel_index: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+    """The rows that an index (N, O) reads, in their order, and the index with each row's place among them."""
+    kept = torch.unique(channel_index[channel_index >= 0]).long()
+    places = torch.searchsorted(kept, channel_index.long()).to(channel_index.dtype)
+    return kept, torch.where(channel_index < 0, channel_index, places)
+
+
 @torch.no_grad()
 def resize_channels(module: ChannelIndexed, num_channels: int, std: float | None):
     """Change the channel count of an embedding or head in place; an added channel is one row that all experts own.
@@ -435,8 +442,7 @@ def resize_channels(module: ChannelIndexed, num_channels: int, std: float | None
         weight = torch.cat([weight, new])
         bias = None if bias is None else torch.cat([bias, bias.new_zeros(added)])
     else:
-        kept = torch.unique(index[index >= 0]).long()
-        index = torch.where(index < 0, index, torch.searchsorted(kept, index.long()).to(index.dtype))
+        kept, index = read_rows(index)
         weight, bias = weight[kept], None if bias is None else bias[kept]
     trains = module.rows.weight.requires_grad
     module.rows.weight = nn.Parameter(weight.clone(), requires_grad=trains)

@@ -62,6 +62,22 @@ def _hash(first: torch.LongTensor, second: torch.LongTensor | int = 0) -> torch.
     return mixed * 48_271 % MERSENNE_PRIME % NGRAM_BUCKETS
 
 
+def keep_router_in_memory(device_map: dict[str, str | int | torch.device]):
+    """Change a device map that offloads: the router, small and asked before every answer, stays on the main device.
+
+    Its table of n-grams may be missing from a checkpoint, and what is missing cannot be read anew for each use.
+    """
+    devices = [str(device) for device in device_map.values()]
+    if "disk" not in devices and len({*devices}) < 2:
+        return
+    main = next((device for device in device_map.values() if str(device) not in ("cpu", "disk")), "cpu")
+    if "" in device_map:
+        device_map.setdefault("model", device_map.pop(""))
+    for name in [name for name in device_map if name.startswith("router.")]:
+        del device_map[name]
+    device_map["router"] = main
+
+
 class ExpertRouter(nn.Module):
     """A linear map of trunk features and n-grams to expert logits, in float32; starts at zero, which means untrained.
 

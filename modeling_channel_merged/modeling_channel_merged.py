@@ -25,11 +25,12 @@ from .channel_merged_layers import (
 )
 from .configuration_channel_merged import ChannelMergedConfig
 from .expert_caches import remember_experts
-from .expert_router import ExpertRouter
+from .expert_router import ExpertRouter, keep_router_in_memory
 from .generation_channel_merged import ExpertGenerationMixin
 from .model_outputs import ChannelMergedCausalLMOutput, ChannelMergedModelOutput, RouterOutput
 from .routing_channel_merged import ExpertIndex, ExpertRoutingMixin, stop_after_trunk
 from .stored_tensors import check_stored_tensors, may_miss_tokens
+from .tensor_parallel import TensorParallelMixin
 
 # What the base architecture can do, its wrapper can.
 MIRRORED_FLAGS = (
@@ -43,7 +44,7 @@ MIRRORED_FLAGS = (
 )
 
 
-class ChannelMergedPreTrainedModel(ExpertRoutingMixin, PreTrainedModel):
+class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreTrainedModel):
     """Wraps a base architecture: building and loading it."""
 
     config_class = ChannelMergedConfig
@@ -56,20 +57,9 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in Transformers; tensor parallel plans, which would shard nothing of a channel-merged model, are refused.
-
-        Raises:
-            ValueError: `tp_plan`, `tp_size`, or a `distributed_config` with one of them.
-        """
-        distributed = kwargs.get("distributed_config")
-        for name in ("tp_plan", "tp_size"):
-            in_config = distributed.get(name) if isinstance(distributed, dict) else getattr(distributed, name, None)
-            value = in_config if kwargs.get(name) is None else kwargs[name]
-            if value is not None and value != 1:
-                raise ValueError(
-                    f"{name} is {value!r}, but channel-merged models do not run tensor parallel yet: leave it out, "
-                    'split the model with device_map="auto", or export one expert'
-                )
+        """As in Transformers; a device map that offloads leaves the router in memory."""
+        if isinstance(kwargs.get("device_map"), dict):
+            kwargs["device_map"] = dict(kwargs["device_map"])  # it is changed while loading
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     def __init__(self, config: ChannelMergedConfig):
@@ -80,6 +70,7 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, PreTrainedModel):
             setattr(self, flag, getattr(inner_class, flag))
         super().__init__(config)
         self.model = self._build_inner(inner_class._from_config(config.text_config))
+        self.plan_channels()
         settings = {key: config.router[key] for key in ("pooling", "features", "max_tokens")}
         self.router = ExpertRouter(config.hidden_size, config.num_experts, **settings)
         self.decoder_blocks()[config.router["layers"] - 1].register_forward_hook(stop_after_trunk)
@@ -134,6 +125,8 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, PreTrainedModel):
     def _load_pretrained_model(model: PreTrainedModel, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """Part of loading: what Transformers would load wrongly without a word is refused."""
         check_stored_tensors(model, state_dict, checkpoint_files, load_config)
+        if load_config.device_map is not None:
+            keep_router_in_memory(load_config.device_map)
         return PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
@@ -174,6 +167,7 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, PreTrainedModel):
             new_num_tokens: the new vocabulary size; None keeps it, up to `pad_to_multiple_of`.
             mean_resizing: new rows start at the mean of the stored rows, else from N(0, initializer_range).
         """
+        self.check_whole("resized")
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:

@@ -12,6 +12,8 @@ import torch
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,26 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Run a script or `-m` a module on two CPU processes in `tmp_path`, which must succeed: what they say."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        result = subprocess.run(
+            [*launch, *arguments],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return call
 
 
 @pytest.fixture(autouse=True)

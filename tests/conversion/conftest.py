@@ -1,10 +1,7 @@
 """Channel-merged checkpoints written straight from the stored form, with every expert's exact weights beside them."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -266,20 +263,6 @@ def run(capsys, monkeypatch):
 
 
 @pytest.fixture
-def run_on_two_processes(tmp_path):
+def run_on_two_processes(torchrun):
     """Run the command line by torchrun on two CPU processes, which must succeed: what they say."""
-
-    def call(*arguments: str) -> subprocess.CompletedProcess:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        result = subprocess.run(
-            [*launch, "-m", "conversion", *arguments],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-        return result
-
-    return call
+    return lambda *arguments: torchrun("-m", "conversion", *arguments)

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers.distributed import DistributedConfig
 
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM, ChannelMergedModel
 
@@ -124,22 +123,6 @@ def test_tuples_instead_of_outputs(llama_model, prompts, tmp_path):
     expected = llama_model.generate(prompts, **GREEDY)
     llama_model.config.return_dict = False
     assert torch.equal(llama_model.generate(prompts, **GREEDY), expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tp_plan": "auto"}, "tp_plan is 'auto', but channel-merged models do not run tensor parallel yet"),
-        ({"tp_size": 2}, "tp_size is 2"),
-        ({"distributed_config": DistributedConfig(tp_size=2)}, "tp_size is 2"),
-        ({"distributed_config": DistributedConfig(tp_plan="auto")}, "tp_plan is 'auto'"),
-    ],
-    ids=str,
-)
-def test_tensor_parallel_is_refused(llama_model, tmp_path, options, message):
-    """Before anything is read: nothing would be sharded, and plain tensors would meet sharded ones."""
-    with pytest.raises(ValueError, match=message):
-        ChannelMergedForCausalLM.from_pretrained(tmp_path / "absent", **options)
 
 
 def test_fresh_model_from_a_config_is_finite_and_untrained(text_config, prompts):
