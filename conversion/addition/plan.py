@@ -23,7 +23,7 @@ from conversion.io.weight_files import ADAPTER_FORMATS, read_headers
 from conversion.io.wording import first_names
 from conversion.merging.recipe import EXPERT_NAME
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
-from conversion.vocabulary.own_vocabulary import OwnVocabulary, named_templates, read_vocabulary
+from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, OwnVocabulary, named_templates, read_vocabulary
 from conversion.vocabulary.union_tokenizer import PIECE_MARK
 from conversion.vocabulary.vocabulary_reader import by_channels
 from modeling_channel_merged import ChannelMergedConfig
@@ -198,11 +198,16 @@ class CheckpointVocabulary(OwnVocabulary):
 
 
 def checkpoint_vocabulary(merged: MergedCheckpoint, name: str) -> CheckpointVocabulary:
-    """The merged checkpoint's vocabulary, without the chat templates of an expert `name` that is exchanged."""
+    """The merged checkpoint's vocabulary, without the chat templates of an expert `name` that is exchanged.
+
+    Every other expert has one there, also where it is the default: its name is taken.
+    """
     config = merged.config.text_config
     own = read_vocabulary("the checkpoint", merged.folder, config, config.vocab_size)
     names = merged.config.expert_names
-    if name in names and (templates := named_templates(own.tokenizer)):
+    if templates := named_templates(own.tokenizer):
+        if DEFAULT_TEMPLATE in templates:
+            templates = {**dict.fromkeys(names, templates[DEFAULT_TEMPLATE]), **templates}
         own.tokenizer.chat_template = {
             key: text for key, text in templates.items() if template_owner(key, names) != name
         }
