@@ -6,6 +6,7 @@
     ...                                                    # Trainer, or any loop: an ordinary PeftModel
     peft_model.save_pretrained("math-lora")
 
+    peft_model = adapt_expert(model, "math-lora")          # once more, in a fresh process
     channel-merge add-expert merged math-lora fixed --name math --replace
 
 Stored rows are shared: a LoRA of `<module>.rows`, which PEFT would make of "all-linear", changes every expert that
@@ -16,9 +17,11 @@ of its own where the adapter made them differ.
 Shapes: B batch, O channels, I inputs, r rank.
 """
 
+import logging
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,9 +29,20 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from conversion.checkpoints.adapter_config import MERGED_EXPERT, changed_settings
+from conversion.checkpoints.adapter_config import (
+    EXPERT_HASH,
+    EXPERT_MODULES,
+    HOW_TO_LOAD,
+    MERGED_EXPERT,
+    changed_settings,
+    check_adapted_expert,
+)
+from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
+from conversion.checkpoints.stored_expert import StoredExpertReader
 from conversion.io.foreign_files import foreign, read_json
 from conversion.io.sources import ADAPTER_CONFIG
+
+logger = logging.getLogger(__name__)
 
 TASK_TYPE = "CAUSAL_LM"
 ALL_LINEAR = "all-linear"
@@ -38,8 +52,8 @@ ALL_LINEAR = "all-linear"
 FREE_SETTINGS = frozenset(
     """
     alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode init_lora_weights layers_pattern
-    layers_to_transform lora_alpha lora_dropout merged_expert peft_version r rank_pattern revision target_modules
-    task_type use_rslora
+    layers_to_transform lora_alpha lora_dropout merged_expert merged_expert_hash peft_version r rank_pattern revision
+    target_modules task_type use_rslora
     """.split()
 )
 INITIALISATIONS = (True, False, "gaussian")
@@ -51,9 +65,16 @@ class ExpertLoraConfig(LoraConfig):
 
     Args:
         merged_expert: the expert's name.
+        merged_expert_hash: `StoredExpertReader.hash` of the expert as it was, or None: not known.
     """
 
     merged_expert: str | None = None
+    merged_expert_hash: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as they are saved."""
+        values = super().to_dict()
+        return {**values, EXPERT_MODULES: values["target_modules"], "target_modules": [HOW_TO_LOAD]}
 
     def bind(self, model: nn.Module):
         """Let PEFT make an `ExpertLora` of the linear maps of this model."""
@@ -111,52 +132,90 @@ class ExpertLora(LoraLinear):
         return (output + delta).to(output.dtype)
 
 
-def adapt_expert(model: nn.Module, expert: str, adapter: LoraConfig | str | Path) -> PeftModel:
+def adapt_expert(model: nn.Module, expert: str | Path, adapter: LoraConfig | str | Path | None = None) -> PeftModel:
     """An ordinary PeftModel that trains one expert of a merged model; its other experts stay as they are.
 
     A call of its `forward` that names no `expert_index` runs this expert; `generate` routes as ever.
 
     Args:
         model: `ChannelMergedForCausalLM`. PEFT changes it in place.
-        expert: name of the expert.
-        adapter: rank, alpha, dropout, target modules and so on; or the folder of an adapter of this expert, to go on
-            with it. By default all linear maps of the decoder blocks are adapted.
+        expert: name of the expert; or, alone, the folder of an adapter that was made here and knows its expert.
+        adapter: rank, alpha, dropout, target modules and so on; or the folder of an adapter of this expert, to run it
+            or to go on with it. By default all linear maps of the decoder blocks are adapted.
 
     Raises:
-        ValueError: no such expert, a setting that would reach what experts share, or a target that is no linear map
-            of the decoder blocks.
+        ValueError: no such expert, a setting that would reach what experts share, a target that is no linear map of
+            the decoder blocks, or an adapter of another expert, or of this one in another checkpoint.
     """
     if getattr(model.config, "model_type", None) != "channel_merged":
         raise ValueError(f"{type(model).__name__} is no channel-merged model: give PEFT's get_peft_model any other")
+    folder, config = None, adapter
+    if not isinstance(adapter, LoraConfig):
+        folder = Path(expert if adapter is None else adapter)
+        if adapter is None and not folder.is_dir() and expert in model.config.expert_names:
+            raise ValueError(f"{expert!r} is an expert: give a LoraConfig for it as well, or a folder with an adapter")
+        config = read_lora_config(folder, None if adapter is None else expert)
+        expert = config.merged_expert
     model.config.expert_id(expert)
-    config = adapter if isinstance(adapter, LoraConfig) else read_lora_config(Path(adapter), expert)
     check_settings(config)
+    expert_hash = hash_in_files(model, expert)
+    if folder is not None:
+        check_same_expert(folder, config, expert_hash, model)
     values = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
     values |= {"task_type": TASK_TYPE, "target_modules": values["target_modules"] or ALL_LINEAR}
     values["inference_mode"] = False  # a saved adapter says the opposite, and would not train
+    values["base_model_name_or_path"] = None  # PEFT writes down where the model is now
     if values["target_modules"] == ALL_LINEAR:
         values["target_modules"] = sorted({path.rpartition(".")[2] for path in block_linears(model)})
-    config = ExpertLoraConfig(**values, **{MERGED_EXPERT: expert})
+    config = ExpertLoraConfig(**values, **{MERGED_EXPERT: expert, EXPERT_HASH: expert_hash})
     check_targets(model, config)
     config.bind(model)
     peft_model = get_peft_model(model, config)
     # PEFT calls the merged model's `forward` itself, so this hook is on the layer between.
     peft_model.base_model.register_forward_pre_hook(_run_adapted_expert, with_kwargs=True)
-    if not isinstance(adapter, LoraConfig):
-        peft_model.load_adapter(str(adapter), "default", is_trainable=True)
+    if folder is not None:
+        peft_model.load_adapter(str(folder), "default", is_trainable=True)
     return peft_model
 
 
-def read_lora_config(folder: Path, expert: str) -> LoraConfig:
-    """The settings of an adapter of this expert."""
+def read_lora_config(folder: Path, expert: str | None) -> ExpertLoraConfig:
+    """The settings of an adapter of this expert; None: of whichever it names."""
     with foreign(f"{ADAPTER_CONFIG} of {folder} cannot be read"):
         values = read_json(folder / ADAPTER_CONFIG)
     adapted = values.get(MERGED_EXPERT)
-    if adapted != expert:
+    if not isinstance(adapted, str) or expert not in (None, adapted):
         whose = "a base model" if adapted is None else f"the expert {adapted!r}"
-        raise ValueError(f"{folder} is an adapter of {whose}, expected one of the expert {expert!r}")
-    known = {field.name for field in fields(LoraConfig) if field.init}
-    return LoraConfig(**{key: value for key, value in values.items() if key in known})
+        expected = "an expert of a channel-merged model" if expert is None else f"the expert {expert!r}"
+        raise ValueError(f"{folder} is an adapter of {whose}, expected one of {expected}")
+    values["target_modules"] = values.get(EXPERT_MODULES, values.get("target_modules"))
+    known = {field.name for field in fields(ExpertLoraConfig) if field.init}
+    with foreign(f"{ADAPTER_CONFIG} of {folder}"):
+        return ExpertLoraConfig(**{key: value for key, value in values.items() if key in known})
+
+
+def hash_in_files(model: nn.Module, expert: str) -> str | None:
+    """Hash of an expert in the files that the model was loaded from; None where they are gone, or quantized."""
+    place, commit = model.name_or_path, getattr(model.config, "_commit_hash", None)
+    if not place:
+        return None
+    try:
+        with MergedCheckpoint(place if commit is None else f"{place}@{commit}") as merged:
+            return StoredExpertReader(merged, expert).hash()
+    except (ValueError, OSError) as error:
+        logger.info("the files of %s tell nothing of the expert %r: %s", place, expert, error)
+        return None
+
+
+def check_same_expert(folder: Path, config: ExpertLoraConfig, expert_hash: str | None, model: nn.Module):
+    """ValueError where an adapter was made for another expert than the model's; a warning where nobody knows."""
+    check_adapted_expert(folder, config.merged_expert, config.merged_expert_hash, expert_hash, model.name_or_path)
+    if config.merged_expert_hash is None or expert_hash is None:
+        logger.warning(
+            "%s adapts an expert %r, and it cannot be told whether that of %s is the same: make sure that it is",
+            folder,
+            config.merged_expert,
+            model.name_or_path or "this model",
+        )
 
 
 def check_settings(config: LoraConfig):

@@ -5,6 +5,7 @@ memory holds one matrix of one expert. The result needs no code of this package.
 """
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,16 @@ from transformers import PreTrainedConfig
 
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
 from conversion.checkpoints.tensor_names import stored_names
-from conversion.io.model_files import COMPANION_FILES, EXPERT_FOLDER, GENERATION_CONFIG, TOKENIZER_CONFIG, copy_files
+from conversion.hub.expert_card import write_expert_card
+from conversion.io.model_files import (
+    CHAT_TEMPLATE,
+    COMPANION_FILES,
+    EXPERT_FOLDER,
+    GENERATION_CONFIG,
+    TEMPLATE_FOLDER,
+    TOKENIZER_CONFIG,
+    copy_files,
+)
 from conversion.io.shard_writer import ShardWriter, TensorSpec
 from conversion.io.sources import check_unchanged
 from conversion.io.staged_folder import StagedFolder, check_not_a_source, check_target
@@ -105,6 +115,7 @@ class ExpertExport:
             finally:
                 writer.close()
             self._copy_companions(staged.path)
+            write_expert_card(self.merged.folder, self.name, staged.path)
             check_unchanged([self.merged.source])
             staged.publish(self.config().to_json_string())
         logger.info("wrote expert %s (%.1f MB) to %s", self.name, writer.num_bytes / 1e6, out)
@@ -119,6 +130,11 @@ class ExpertExport:
         own = self.merged.folder / EXPERT_FOLDER / self.name
         has_tokenizer = (own / TOKENIZER_CONFIG).exists()
         copy_files(self.merged.folder, target, (GENERATION_CONFIG,) if has_tokenizer else COMPANION_FILES)
+        templates = target / TEMPLATE_FOLDER
+        if templates.exists():  # one for each expert that has its own
+            if (template := templates / f"{self.name}.jinja").exists():
+                shutil.copyfile(template, target / CHAT_TEMPLATE)
+            shutil.rmtree(templates)
         copy_files(own, target, COMPANION_FILES)
 
     def _own_channels(self) -> torch.LongTensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from conversion.checkpoints.adapter_config import read_adapter_config
+from conversion.checkpoints.adapter_config import check_adapted_expert, read_adapter_config
 from conversion.checkpoints.architecture import make_reader, parameter_shapes, vocabulary_paths, with_rows
 from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
 from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
@@ -23,7 +23,7 @@ from conversion.io.weight_files import ADAPTER_FORMATS, read_headers
 from conversion.io.wording import first_names
 from conversion.merging.recipe import EXPERT_NAME
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
-from conversion.vocabulary.own_vocabulary import OwnVocabulary, named_templates, read_vocabulary
+from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, OwnVocabulary, named_templates, read_vocabulary
 from conversion.vocabulary.union_tokenizer import PIECE_MARK
 from conversion.vocabulary.vocabulary_reader import by_channels
 from modeling_channel_merged import ChannelMergedConfig
@@ -76,14 +76,15 @@ def plan_addition(
     checkpoint: str | Path, expert: str | Path, name: str, *, base: str | Path | None, tolerance: float, replace: bool
 ) -> Addition:
     """Find and check the checkpoint, the new expert and, where it is needed, the base: configs and headers only."""
-    found = find_checkpoint(checkpoint)
-    old = read_merged_config(found.folder)
+    checkpoint_source = find_checkpoint(checkpoint)
+    old = read_merged_config(checkpoint_source.folder)
     check_name(name, old, replace)
     source = find_source(name, str(expert), Path())
-    adapted = None
+    adapted = made_for = None
     if source.is_adapter:
         source = with_weights(source)
-        adapted = read_adapter_config(source).merged_expert
+        config = read_adapter_config(source)
+        adapted, made_for = config.merged_expert, config.merged_expert_hash
         check_not_of_rows(source)
         if adapted is not None and adapted not in old.expert_names:
             raise ValueError(
@@ -103,7 +104,7 @@ def plan_addition(
             raise ValueError(f"{base_source.model} is not the base of {checkpoint}: {error}") from None
     if not source.is_adapter:
         compare_configs(old.text_config, load_config(source), name)
-    merged = MergedCheckpoint(found)
+    merged = MergedCheckpoint(checkpoint_source)
     place = old.expert_names.index(name) if replace else old.num_experts
     own_vocabulary = checkpoint_vocabulary(merged, name)
     base_model = base_reader = None
@@ -113,6 +114,8 @@ def plan_addition(
         base_reader = read_by_channels(merged, base_model, in_merged, mean_of=base_model.vocabulary.token_ids)
     if adapted is not None:
         check_template(own_vocabulary, name, adapted)
+        found = StoredExpertReader(merged, adapted).hash()
+        check_adapted_expert(expert, adapted, made_for, found, str(checkpoint))
         reader, vocabulary = adapter_of_expert(merged, source, adapted, str(checkpoint)), None
         present = merged.has_token(merged.config.expert_id(adapted))
     else:
@@ -195,11 +198,16 @@ class CheckpointVocabulary(OwnVocabulary):
 
 
 def checkpoint_vocabulary(merged: MergedCheckpoint, name: str) -> CheckpointVocabulary:
-    """The merged checkpoint's vocabulary, without the chat templates of an expert `name` that is exchanged."""
+    """The merged checkpoint's vocabulary, without the chat templates of an expert `name` that is exchanged.
+
+    Every other expert has one there, also where it is the default: its name is taken.
+    """
     config = merged.config.text_config
     own = read_vocabulary("the checkpoint", merged.folder, config, config.vocab_size)
     names = merged.config.expert_names
-    if name in names and (templates := named_templates(own.tokenizer)):
+    if templates := named_templates(own.tokenizer):
+        if DEFAULT_TEMPLATE in templates:
+            templates = {**dict.fromkeys(names, templates[DEFAULT_TEMPLATE]), **templates}
         own.tokenizer.chat_template = {
             key: text for key, text in templates.items() if template_owner(key, names) != name
         }

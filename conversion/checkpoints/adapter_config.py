@@ -14,15 +14,21 @@ from conversion.io.sources import ADAPTER_CONFIG, Source
 
 logger = logging.getLogger(__name__)
 
-MERGED_EXPERT = "merged_expert"  # the setting that names the expert of a merged model that an adapter is of
+# Settings of an adapter of an expert of a merged model: the expert, its hash, and the modules that are adapted. What
+# PEFT calls target_modules says there how to load it, for PEFT alone knows no experts and shows what it does not find.
+MERGED_EXPERT, EXPERT_HASH, EXPERT_MODULES = "merged_expert", "merged_expert_hash", "merged_target_modules"
+HOW_TO_LOAD = (
+    "this is a LoRA of one expert of a channel-merged model: load it with "
+    "conversion.expert_lora.adapt_expert(model, FOLDER), not with PEFT alone"
+)
 
 # Settings that are read here, or that change nothing once the adapter is trained. Any other must be PEFT's default.
 MERGEABLE_SETTINGS = frozenset(
     """
     alpha_pattern auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config exclude_modules
     fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha
-    lora_bias lora_dropout lora_ga_config merged_expert modules_to_save peft_version r rank_pattern revision
-    target_modules task_type trainable_token_indices use_dora use_rslora
+    lora_bias lora_dropout lora_ga_config merged_expert merged_expert_hash merged_target_modules modules_to_save
+    peft_version r rank_pattern revision target_modules task_type trainable_token_indices use_dora use_rslora
     """.split()
 )
 # Initialisations that leave the base's weights as they are; pissa, olora, corda, loftq and others do not.
@@ -43,6 +49,7 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...]
     token_indices: Mapping[str, list[int]] | list[int] | None  # by module, or the embedding's
     merged_expert: str | None = None  # the expert of a merged model that was adapted, and not the base
+    merged_expert_hash: str | None = None  # of that expert, where it was known
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.rank)
@@ -93,7 +100,7 @@ def read_adapter_config(source: Source) -> AdapterConfig:
             f"{source.name}: {source.model} was trained with init_lora_weights {initialisation!r}, which changes the "
             "base's weights: save it as a plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
         )
-    for key in ("base_model_name_or_path", MERGED_EXPERT):
+    for key in ("base_model_name_or_path", MERGED_EXPERT, EXPERT_HASH):
         if not isinstance(values.get(key), str | None):
             raise ValueError(
                 f"{source.name}: {ADAPTER_CONFIG} of {source.model}: {key} is {reprlib.repr(values[key])}, "
@@ -117,6 +124,7 @@ def read_adapter_config(source: Source) -> AdapterConfig:
             modules_to_save=tuple(values.get("modules_to_save") or ()),
             token_indices=values.get("trainable_token_indices"),
             merged_expert=values.get(MERGED_EXPERT),
+            merged_expert_hash=values.get(EXPERT_HASH),
         )
     except (KeyError, TypeError, ValueError, AttributeError, re.error):
         keys = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -139,9 +147,28 @@ def changed_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: defaults.get(name) for name, value in values.items() if value != defaults.get(name)}
 
 
+def check_adapted_expert(
+    adapter: str | Path, expert: str, made_for: str | None, found: str | None, model: str
+) -> None:
+    """ValueError where the expert that an adapter was made for is another one than that of the model.
+
+    Args:
+        made_for: hash of the expert when the adapter was made, or None: not known.
+        found: hash of the model's expert, or None: not known.
+    """
+    if made_for is not None and found is not None and made_for != found:
+        raise ValueError(
+            f"{adapter} was made for an expert {expert!r} with the hash {made_for:.12}, expected {found:.12}, that of "
+            f"{model}: give the checkpoint that it was trained on"
+        )
+
+
 def compare_base_names(config: AdapterConfig, source: Source, base: Source) -> None:
-    """Warn of an adapter that was trained on a model of another name. A folder counts by its last part."""
-    if not config.base_model:
+    """Warn of an adapter that was trained on a model of another name. A folder counts by its last part.
+
+    A hash tells more than a name, see `check_adapted_expert`.
+    """
+    if not config.base_model or config.merged_expert_hash is not None:
         return
     theirs, ours = (Path(name).name.lower() for name in (config.base_model, base.repository))
     if theirs != ours:

@@ -3,6 +3,7 @@
 Shapes: N experts, O channels, I inputs, R rows.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from conversion.io.row_reader import RowReader
 from conversion.io.weight_files import StoredTensor
 
 READ_THROUGH = 4  # rows that nobody asked for and that are read rather than skipped
+HASHED_CHANNELS = 16  # of each parameter
 
 
 def read_rows_at(reader: RowReader, name: str, rows: torch.LongTensor) -> torch.Tensor:
@@ -71,13 +73,29 @@ class StoredExpertReader:
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of channels `start` to `stop`: (stop - start, I), or (stop - start,) of a vector; stored dtype."""
+        return self.read_channels(name, torch.arange(start, stop))
+
+    def read_channels(self, name: str, channels: torch.LongTensor) -> torch.Tensor:
+        """Rows of some channels: (len(channels), I), or (len(channels),) of a vector; stored dtype."""
         stored, path = self._stored[name], name.rpartition(".")[0]
         if path not in self._merged.modules.channel:
-            return self._merged.reader.read_rows(stored, start, stop)
-        index = self._merged.channel_index(path)[self._expert, start:stop].long()
+            return read_rows_at(self._merged.reader, stored, channels)
+        index = self._merged.channel_index(path)[self._expert, channels].long()
         rows = read_rows_at(self._merged.reader, stored, index.clamp(min=0))
         rows[index < 0] = 0
         return rows
+
+    def hash(self) -> str:
+        """SHA-256 of the expert: names, dtypes and shapes of its parameters, and 16 channels of each, evenly spread.
+
+        The same wherever the checkpoint lies, whatever its router learned, and whatever became of its other experts.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            digest.update(f"{name} {tensor.dtype_name} {list(tensor.shape)}\n".encode())
+            channels = torch.linspace(0, tensor.shape[0] - 1, HASHED_CHANNELS, dtype=torch.float64).long().unique()
+            digest.update(self.read_channels(name, channels).contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Nothing is open but the checkpoint's own reader."""

@@ -1,7 +1,7 @@
 """The README.md of a merged checkpoint, written from its conversion_report.json and the evaluation of its router."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,18 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from conversion.hub.refinement_section import refinement_section
+from conversion.hub.refinement_section import refinement_results, refinement_section
 from conversion.hub.source_card import NOT_STATED, SourceCard, read_card
 from conversion.hub.vocabulary_section import vocabulary_section
 from conversion.io import markdown
-from conversion.io.model_files import CARD_FILE, REPORT_FILE, read_config_file
+from conversion.io.model_files import CARD_FILE, CHAT_TEMPLATE, REPORT_FILE, read_config_file
 from conversion.io.options import format_share
 
 logger = logging.getLogger(__name__)
 
 SEVERAL_LICENSES = "several"
 BYTES_PER_INDEX = 4
+EXAMPLES = ("What is 17 + 25?", "Write a haiku about rain.")
 UNKNOWN_ROUTER = """\
 ## Router
 
@@ -50,15 +51,22 @@ def card_records(report: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def card_metadata(
-    records: list[Mapping[str, Any]], cards: list[SourceCard], title: str, results: Sequence[EvalResult] = ()
+    records: Sequence[Mapping[str, Any]],
+    cards: Sequence[SourceCard],
+    title: str,
+    chat: bool,
+    results: Sequence[EvalResult] = (),
+    relation: str | None = "merge",
 ) -> ModelCardData:
     """Metadata for the Hub.
 
     Args:
-        records: of the base and of every expert, as the report has them.
-        cards: theirs. A licence that they do not all have is not the merged model's.
+        records: of the models that this one comes of, as the report has them.
+        cards: theirs. A licence that they do not all have is not this model's.
         title: what the model is called beside its results.
-        results: of the router's evaluation.
+        chat: there is a chat template.
+        results: what was measured.
+        relation: to those models; None leaves that to the Hub.
     """
     repositories = list(dict.fromkeys(_repository(record) for record in records if record.get("revision")))
     languages = list(dict.fromkeys(language for card in cards for language in card.languages))
@@ -68,7 +76,7 @@ def card_metadata(
         shared = SourceCard()
     return ModelCardData(
         base_model=repositories or None,
-        base_model_relation="merge" if repositories else None,
+        base_model_relation=relation if repositories else None,
         eval_results=list(results) or None,
         language=languages or None,
         library_name="transformers",
@@ -77,7 +85,8 @@ def card_metadata(
         license_link=shared.license_link,
         model_name=title if results else None,
         pipeline_tag="text-generation",
-        tags=["merge", "channel-merging"],
+        tags=["merge", "channel-merging", *(["conversational"] if chat else [])],
+        widget=[{"messages": [{"role": "user", "content": text}]} if chat else {"text": text} for text in EXAMPLES],
     )
 
 
@@ -88,19 +97,32 @@ def write_card(folder: Path, router: str | None = None, results: Sequence[EvalRe
         router: the section about the evaluation of its router; None: nothing is known of it.
         results: the same evaluation for the Hub.
     """
+    chat = (folder / CHAT_TEMPLATE).is_file()
+    write_from_report(folder, folder, lambda report, cards: model_card(report, cards, chat, router, results))
+
+
+def write_from_report(folder: Path, out: Path, card: Callable[[Mapping[str, Any], Mapping[str, Any]], str]) -> None:
+    """Write a README.md into `out`: what `card(report, cards)` makes of the report of the checkpoint in `folder`."""
     file = folder / REPORT_FILE
     try:
         report = read_config_file(file)
-        text = model_card(report, card_records(report, folder), router, results)
+        text = card(report, card_records(report, folder))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is no report of a conversion (%r), so no %s is written", file, error, CARD_FILE)
         return
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    (out / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def source_cards(report: Mapping[str, Any], cards: Mapping[str, Any]) -> list[SourceCard]:
+    """The cards of the base and of every expert, as `card_records` has them."""
+    records = (cards["base"], *(cards["experts"][expert["name"]] for expert in report["experts"]))
+    return [SourceCard(**{**record, "languages": tuple(record["languages"])}) for record in records]
 
 
 def model_card(
     report: Mapping[str, Any],
-    cards: Mapping[str, Any],
+    records: Mapping[str, Any],
+    chat: bool,
     router: str | None = None,
     results: Sequence[EvalResult] = (),
 ) -> str:
@@ -108,16 +130,15 @@ def model_card(
 
     Args:
         report: the conversion report.
-        cards: from `card_records`.
+        records: from `card_records`.
+        chat: there is a chat template.
         router, results: as `write_card` takes them.
     """
     base, experts = report["base_model"], report["experts"]
-    cards = [
-        SourceCard(**{**card, "languages": tuple(card["languages"])})
-        for card in (cards["base"], *(cards["experts"][expert["name"]] for expert in experts))
-    ]
+    cards = source_cards(report, records)
     title = f"{len(experts)} experts in one model, merged channel by channel"
-    metadata = card_metadata([base, *experts], cards, title, results)
+    results = [*results, *refinement_results(report)]
+    metadata = card_metadata([base, *experts], cards, title, chat, results)
     parameters = report["parameters"]
     share = parameters["stored"] / parameters["experts"]
     return f"""\
@@ -127,7 +148,7 @@ def model_card(
 
 # {title}
 
-This model holds {len(experts)} fine-tunes ("experts") of {_link(base)} in
+This model holds {len(experts)} fine-tunes ("experts") of {link_to(base)} in
 {parameters["stored"]:,} parameters, {share:.1%} of the {parameters["experts"]:,} that they have as separate models.
 For every output channel of every matrix the experts' rows were grouped by how alike they are, and each group was
 merged into one stored row (*Channel Merging*, [arXiv 2412.15283](https://arxiv.org/abs/2412.15283)). A router reads
@@ -147,10 +168,10 @@ checkpoint, revision = "path/or/repository", "main"  # on the Hub, pin the commi
 tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision, padding_side="left", trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, revision=revision, dtype="auto", trust_remote_code=True)
 
-inputs = tokenizer(["Your prompt"], return_tensors="pt")
+{inputs_snippet(chat)}
 routed = model.generate(**inputs, max_new_tokens=64)  # the router picks the expert of each prompt
 chosen = model.generate(**inputs, max_new_tokens=64, expert_index="{experts[0]["name"]}")  # or you do
-print(tokenizer.batch_decode(chosen, skip_special_tokens=True))
+print(tokenizer.batch_decode(routed, skip_special_tokens=True))
 ```
 
 The model needs `trust_remote_code=True` because its architecture is not part of Transformers: its code lies in this
@@ -181,7 +202,7 @@ expert. `{REPORT_FILE}` has the numbers of every module, and the versions:
 
 - Where rows were merged, an expert here is not the original expert: measure it on your own task before you rely on it.
 - Prompts must have the form that the chosen expert was trained on: its chat template, and see its tokens above.
-- {_license_note(metadata)}
+- {license_note(metadata)}
 
 ## Citation
 
@@ -189,6 +210,15 @@ expert. `{REPORT_FILE}` has the numbers of every module, and the versions:
 {CITATION}
 ```
 """
+
+
+def inputs_snippet(chat: bool) -> str:
+    """Code that makes the `inputs` of a prompt."""
+    if not chat:
+        return f'inputs = tokenizer(["{EXAMPLES[0]}"], return_tensors="pt")'
+    return f"""\
+messages = [{{"role": "user", "content": "{EXAMPLES[0]}"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
 
 
 def _source_table(report: Mapping[str, Any], cards: list[SourceCard]) -> str:
@@ -204,7 +234,7 @@ def _source_table(report: Mapping[str, Any], cards: list[SourceCard]) -> str:
         [
             [
                 name,
-                _link(record),
+                link_to(record),
                 record.get("revision") or "-",
                 card.license_text,
                 ", ".join(card.languages) or NOT_STATED,
@@ -286,7 +316,8 @@ def _owner_table(report: Mapping[str, Any]) -> str:
     return markdown.table(["owners of a row", "rows", "share"], rows)
 
 
-def _license_note(metadata: ModelCardData) -> str:
+def license_note(metadata: ModelCardData) -> str:
+    """What the licences of its sources mean for a model, in one sentence."""
     if metadata.license is None:
         return "No model card of the base or of an expert states a licence: find out what they allow before use."
     if metadata.license_name == SEVERAL_LICENSES:
@@ -299,7 +330,8 @@ def _repository(record: Mapping[str, Any]) -> str:
     return record["model"].partition("@")[0]
 
 
-def _link(record: Mapping[str, Any]) -> str:
+def link_to(record: Mapping[str, Any]) -> str:
+    """A source for a reader: its place on the Hub, or its name."""
     if not record.get("revision"):
         return f"`{_without_folder(record['model'])}`"
     return f"[{_repository(record)}](https://huggingface.co/{_repository(record)}/tree/{record['revision']})"

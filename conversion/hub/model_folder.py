@@ -10,6 +10,7 @@ from typing import Any
 import modeling_channel_merged
 from conversion.hub.model_card import write_card
 from conversion.io.model_files import (
+    CHAT_TEMPLATE,
     EXPERT_FOLDER,
     GENERATION_CONFIG,
     REPORT_FILE,
@@ -23,7 +24,7 @@ from conversion.io.model_files import (
 )
 from conversion.io.weight_files import dtype_text
 from conversion.merging.plan import Plan
-from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary
+from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, SPECIAL_IDS, OwnVocabulary, other_templates
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
 
 logger = logging.getLogger(__name__)
@@ -116,21 +117,23 @@ def copy_tokenizer(own: OwnVocabulary, folder: Path) -> bool:
 
 
 def write_chat_templates(folder: Path, templates: Mapping[str, str]) -> None:
-    """Write a tokenizer's chat templates where it looks for them by name; none leaves its files as they are."""
+    """Write a tokenizer's chat templates where it looks for them by name; none leaves its files as they are.
+
+    What is the default under another name is left out: many tools expect one template, a plain text.
+    """
     if not templates:
         return
-    for file in folder.glob(f"{TEMPLATE_FOLDER}/*.jinja"):
-        file.unlink()
+    if (folder / TEMPLATE_FOLDER).exists():
+        shutil.rmtree(folder / TEMPLATE_FOLDER)
     file = folder / TOKENIZER_CONFIG
     values = json.loads(file.read_text(encoding="utf-8"))
     if values.pop("chat_template", None) is not None:
         write_json(file, values)
-    (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
-    for name, template in templates.items():
+    (folder / CHAT_TEMPLATE).write_text(templates[DEFAULT_TEMPLATE], encoding="utf-8", newline="")
+    for name in other_templates(templates):
         check_file_name(name, "the chat template")
-        default = name == DEFAULT_TEMPLATE
-        file = folder / ("chat_template.jinja" if default else f"{TEMPLATE_FOLDER}/{name}.jinja")
-        file.write_text(template, encoding="utf-8", newline="")
+        (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
+        (folder / TEMPLATE_FOLDER / f"{name}.jinja").write_text(templates[name], encoding="utf-8", newline="")
 
 
 def write_generation_config(folder: Path, plan: Plan) -> None:

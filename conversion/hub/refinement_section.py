@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import EvalResult
+
 from conversion.io import markdown
 
 REFINEMENT = "refinement"  # of the conversion's report and of config.merge
@@ -35,6 +37,23 @@ def outcome(record: Mapping[str, Any]) -> str:
         f"They were{per_expert} trained on {texts} to say what the experts say, each text through its own "
         f"expert's view; the best of {record['steps']:,} steps was {record['best_step']:,}.{frozen}"
     )
+
+
+def refinement_results(report: Mapping[str, Any]) -> list[EvalResult]:
+    """The divergence that was measured, as the Hub shows it beside a model; nothing where there was no refinement."""
+    if REFINEMENT not in report:
+        return []
+    record = report[REFINEMENT]
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="generator",  # what the Hub calls data that are not one of its datasets
+            dataset_name=f"{record['data']}, a part held out",
+            metric_type="kl_divergence",
+            metric_name="KL(expert, this model) a token, in nats, mean over the experts",
+            metric_value=record["kl_after"],
+        )
+    ]
 
 
 def refinement_section(report: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ MAX_NAMES = 20
 def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
     """The section's text, in Markdown, from the report on the vocabulary."""
     rows = []
+    others = [name for name, expert in vocabulary["experts"].items() if expert.get("own_chat_template", True)]
     for name, expert in vocabulary["experts"].items():
         encoding = expert["encoding"]
         same = f"{encoding['same']} of {encoding['samples']}" if encoding else "no tokenizer"
@@ -25,9 +26,9 @@ def vocabulary_section(vocabulary: Mapping[str, Any]) -> str:
     ]
     return f"""\
 The vocabulary has {vocabulary["size"]:,} tokens (`tokenizer_source: {vocabulary["source"]}`; the base has
-{vocabulary["base_size"]:,}). `tokenizer.apply_chat_template(messages, chat_template="NAME")` takes the chat template
-of an expert by its name, where anyone has one. The logits of a token that an expert does not have are -inf; in a
-prompt such a token is the mean of the base's. Each answer ends at the tokens that end its own expert's answers.
+{vocabulary["base_size"]:,}). {_template_note(others)}
+The logits of a token that an expert does not have are -inf; in a prompt such a token is the mean of the base's. Each
+answer ends at the tokens that end its own expert's answers.
 
 {markdown.table(head, rows)}
 {"".join(map(_vocabulary_notes, vocabulary["experts"], vocabulary["experts"].values()))}{_chat_notes(vocabulary)}
@@ -48,6 +49,17 @@ def _chat_notes(vocabulary: Mapping[str, Any]) -> str:
             f"the chat templates {_codes(together)} put a system prompt into a turn of the user: the router reads both"
         )
     return "".join(f"\n- {note}" for note in notes) + ("\n" if notes else "")
+
+
+def _template_note(names: list[str]) -> str:
+    """Whose chat template is not the default."""
+    if not names:
+        return "All experts use the tokenizer's chat template, if it has one."
+    return (
+        f"Experts with a chat template of their own: {_codes(names)}; "
+        f'`tokenizer.apply_chat_template(messages, chat_template="{names[0]}")` takes it by the name. All others use '
+        "the default."
+    )
 
 
 def _vocabulary_notes(name: str, expert: Mapping[str, Any]) -> str:

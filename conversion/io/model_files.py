@@ -14,6 +14,7 @@ from conversion.io.foreign_files import read_json
 EXPERT_FOLDER = "experts"  # of every expert: its generation config and its own tokenizer
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 REPORT_FILE = "conversion_report.json"
 CARD_FILE = "README.md"
@@ -30,7 +31,7 @@ TOKENIZER_PATTERNS = (
     "merges.txt",
     "spiece.model",
     "sentencepiece*.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     f"{TEMPLATE_FOLDER}/*.jinja",
 )

@@ -69,8 +69,11 @@ class ExpertTokenizer:
         """Ids of a prompt, in the expert's chat template or as it stands.
 
         Raises:
-            ValueError: the expert's own tokenizer makes a token that its embedding had no row for.
+            ValueError: the expert's own tokenizer makes a token that its embedding had no row for, or its chat
+                template has no place for a system message.
         """
+        if chat and not isinstance(prompt, str):
+            self._check_system_messages(prompt)
         return self._to_channels(self._tokenize(self._render(prompt) if chat else prompt, chat))
 
     def encode_answer(self, prompt: Prompt, answer: str, chat: bool) -> tuple[list[int], list[int]]:
@@ -103,6 +106,22 @@ class ExpertTokenizer:
                 "tokenizer, leave it out of the prompt"
             )
         return [self._channels[number] for number in numbers]
+
+    def _check_system_messages(self, messages: list[dict[str, Any]]):
+        """ValueError where the chat template refuses the system messages, or leaves them out without a word."""
+        others = [message for message in messages if message["role"] != "system"]
+        if not others or len(others) == len(messages):
+            return
+        without, reason = self._render(others), "it leaves system messages out"
+        try:
+            if self._render(messages) != without:
+                return
+        except ValueError as error:
+            reason = str(error)
+        raise ValueError(
+            f"the chat template of expert {self.name!r} has no system role ({reason}): put what the system message "
+            "says into the user's"
+        )
 
     def _lead(self, prompt: Prompt, text: str, answer: str) -> str:
         """What white space the template has between a prompt, rendered as `text`, and an answer."""

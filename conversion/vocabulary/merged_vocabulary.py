@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from conversion.io.model_files import same_file
 from conversion.io.wording import first_names
 from conversion.vocabulary.chat_markers import DerivedTurns, derive_turns
-from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, OwnVocabulary, named_templates
+from conversion.vocabulary.own_vocabulary import DEFAULT_TEMPLATE, OwnVocabulary, named_templates, other_templates
 from conversion.vocabulary.union_tokenizer import PIECE_MARK, SAMPLES, extended_tokenizer, sample_texts
 
 logger = logging.getLogger(__name__)
@@ -204,6 +204,7 @@ class MergedVocabulary:
                 "tokens_without_row": own.rowless_tokens,
                 "eos_token_ids": self.eos_token_ids(number),
                 "encoding": self._compare_encodings(number),
+                "own_chat_template": own.name in other_templates(self.chat_templates),
             }
         return {
             "source": self.source,

@@ -169,3 +169,8 @@ def named_templates(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, str]
     if not template:
         return {}
     return dict(template) if isinstance(template, Mapping) else {DEFAULT_TEMPLATE: template}
+
+
+def other_templates(templates: Mapping[str, str]) -> list[str]:
+    """Names of the chat templates that are not the default one, by another name or its own."""
+    return [name for name, text in templates.items() if text != templates.get(DEFAULT_TEMPLATE)]

@@ -289,12 +289,11 @@ def test_an_adapter_knows_its_expert(stored, adapter, write_recipe, make_experts
     assert json.loads((adapter / "adapter_config.json").read_text())["merged_expert"] == "math"
     with pytest.raises(ValueError, match="is an adapter of the expert 'math', expected one of the expert 'code'"):
         adapt_expert(load(stored.folder), "code", adapter)
-    with (
-        pytest.warns(UserWarning, match="merged_expert"),
-        pytest.raises(ValueError, match=r"(?s)Target module ChannelMergedLinear.* is not supported"),
-    ):
-        PeftModel.from_pretrained(load(stored.folder), adapter)
     base, experts = make_experts("llama", 1)
+    message = "load it with conversion.expert_lora.adapt_expert.model, FOLDER.*not found in the base model"
+    for model in (load(stored.folder), load(base)):
+        with pytest.warns(UserWarning, match="merged_expert"), pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(model, adapter)
     with pytest.raises(
         ValueError, match="e0: .* adapts the expert 'math' of a .*: fold it .* channel-merge add-expert"
     ):
@@ -311,14 +310,71 @@ def test_a_config_that_is_none_is_one_line(stored, tmp_path, text):
         adapt_expert(model, "math", tmp_path)
 
 
+def test_loaded_by_one_call(stored, adapter):
+    """The folder knows its expert."""
+    expected = randomize(adapt_expert(load(stored.folder), "math", LoraConfig(r=2)))
+    for folder in (adapter, str(adapter)):
+        again = adapt_expert(load(stored.folder), folder)
+        assert again.peft_config["default"].merged_expert == "math"
+        assert all(torch.equal(all_logits(again)[name], value) for name, value in all_logits(expected).items())
+    with pytest.raises(ValueError, match="'math' is an expert: give a LoraConfig for it as well, or a folder"):
+        adapt_expert(load(stored.folder), "math")
+    with pytest.raises(ValueError, match="adapter_config.json of nowhere cannot be read"):
+        adapt_expert(load(stored.folder), "nowhere")
+
+
+def change_adapter(adapter, **values):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def test_an_adapter_from_before_there_were_hashes(stored, adapter, tmp_path, caplog):
+    """It names its modules as PEFT does; nobody can tell what it was made for, which is said."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    expected = all_logits(adapt_expert(load(stored.folder), adapter))
+    modules = config.pop("merged_target_modules")
+    config.pop("merged_expert_hash")
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "target_modules": modules}))
+    with caplog.at_level(logging.WARNING):
+        actual = all_logits(adapt_expert(load(stored.folder), adapter))
+        assert "it cannot be told whether that of" in caplog.text
+        assert all(torch.equal(actual[name], value) for name, value in expected.items())
+        change_adapter(adapter, base_model_name_or_path="another")
+        add_expert(stored.folder, adapter, tmp_path / "out", "math", replace=True, progress=False)
+    assert "make sure that they are the same model" in caplog.text
+
+
 def test_an_adapter_of_another_checkpoint_is_refused(write_checkpoint, adapter, tmp_path, caplog):
     other = write_checkpoint(tmp_path / "other", expert_names=("law", "medical"))
     with pytest.raises(ValueError, match="adapts the expert 'math', but .* has .*law"):
         add_expert(other.folder, adapter, tmp_path / "out", "law", replace=True, progress=False)
+    with pytest.raises(ValueError, match="unknown expert 'math': this model has .*law"):
+        adapt_expert(load(other.folder), adapter)
+    other = write_checkpoint(tmp_path / "third", seed=1)
+    message = "was made for an expert 'math' with the hash [0-9a-f]{12}, expected [0-9a-f]{12}, that of .*third"
+    with pytest.raises(ValueError, match=message):
+        add_expert(other.folder, adapter, tmp_path / "out", "math", replace=True, progress=False)
+    with pytest.raises(ValueError, match=message):
+        adapt_expert(load(other.folder), adapter)
+    assert not (tmp_path / "out").exists()
     same = write_checkpoint(tmp_path / "same")
     with caplog.at_level(logging.WARNING):
+        adapt_expert(load(same.folder), adapter)
         add_expert(same.folder, adapter, tmp_path / "out", "math", replace=True, progress=False)
-    assert "make sure that they are the same model" in caplog.text
+    assert not caplog.records
+
+
+def test_what_became_of_the_rest_of_the_checkpoint_does_not_matter(stored, adapter, tmp_path):
+    """A trained router, another dtype in memory and one more expert leave the expert what it was; folding does not."""
+    model = load(stored.folder)
+    torch.nn.init.ones_(model.router.head.weight)
+    model.save_pretrained(tmp_path / "routed", max_shard_size="10KB")
+    adapt_expert(AutoModelForCausalLM.from_pretrained(tmp_path / "routed", dtype=torch.float16), adapter)
+    add_expert(tmp_path / "routed", adapter, tmp_path / "larger", "algebra", progress=False)
+    adapt_expert(load(tmp_path / "larger"), adapter)
+    add_expert(stored.folder, adapter, tmp_path / "fixed", "math", replace=True, progress=False)
+    with pytest.raises(ValueError, match="was made for an expert 'math' with the hash"):
+        adapt_expert(load(tmp_path / "fixed"), adapter)
 
 
 def test_an_adapter_replaces_its_own_expert_only(stored, adapter, tmp_path):

@@ -144,6 +144,16 @@ def test_output_folder(stored, tmp_path):
     assert any(not torch.equal(before[key], after[key]) for key in before)
 
 
+def test_an_export_has_the_experts_own_chat_template(stored, tmp_path):
+    """As its one template, and not as one of several by name; an expert without one has the default."""
+    (stored.folder / "chat_template.jinja").write_text("default")
+    (stored.folder / "additional_chat_templates").mkdir()
+    (stored.folder / "additional_chat_templates" / "math.jinja").write_text("own")
+    for name, template in {"math": "own", "code": "default"}.items():
+        export_expert(stored.folder, name, tmp_path / name)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template == template
+
+
 @pytest.mark.parametrize("place", [".", ".."])
 def test_an_export_over_its_own_checkpoint_is_refused(stored, place):
     """Also with overwrite: the other experts and the router would be gone."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
@@ -120,6 +121,9 @@ def test_output_is_a_complete_checkpoint(make_merged, tmp_path, without_package)
     card = (out / "README.md").read_text()
     assert card.index("## How it was made") < card.index("## Refinement of the stored rows") < card.index("## Limits")
     assert f"| all | 48 | 12 | {record['kl_before']:.4f} | {record['kl_after']:.4f} |" in card
+    (result,) = ModelCard(card, ignore_metadata_errors=False).data.eval_results
+    assert (result.metric_type, result.metric_value) == ("kl_divergence", record["kl_after"])
+    assert result.dataset_name.endswith(".jsonl, a part held out") and "/" not in result.dataset_name
     assert json.loads((out / "config.json").read_text())["merge"]["refinement"]["improved"] is True
     script = f"""
 {without_package}

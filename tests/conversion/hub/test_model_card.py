@@ -1,3 +1,5 @@
+import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -5,6 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from conversion.convert import convert
+from conversion.export import export_expert
 from conversion.io.sources import Source, input_files
 from conversion.merging import plan as plan_module
 from conversion.merging.recipe import parse_recipe
@@ -23,12 +26,15 @@ def card_of(make_experts, write_recipe, tmp_path, monkeypatch):
     With `from_hub` the folders stand for Hub repositories user/base, user/e0 and user/e1 at one revision.
     """
 
-    def make(*metadata, from_hub=False, **keys) -> ModelCard:
+    def make(*metadata, from_hub=False, template=None, **keys) -> ModelCard:
         base, experts = make_experts("llama", 2, num_hidden_layers=1)
+        if template is not None:
+            for folder in (base, *experts):
+                (folder / "chat_template.jinja").write_text(template)
         for folder, values in zip((base, *experts), metadata, strict=True):
             if values is not None:
                 write_readme(folder, **values)
-        recipe = write_recipe(base, experts, grouping={"num_groups": 1}, **keys)
+        recipe = write_recipe(base, experts, **{"grouping": {"num_groups": 1}, **keys})
         if from_hub:
             folders = {"user/base": base, "user/e0": experts[0], "user/e1": experts[1]}
             recipe["base_model"] = "user/base"
@@ -64,6 +70,7 @@ def test_metadata_for_the_hub(card_of):
         "license": "apache-2.0",
         "pipeline_tag": "text-generation",
         "tags": ["merge", "channel-merging"],
+        "widget": [{"text": "What is 17 + 25?"}, {"text": "Write a haiku about rain."}],
     }
     assert (
         f"| `e0` | [user/e0](https://huggingface.co/user/e0/tree/{REVISION}) | {REVISION} | apache-2.0 |" in card.text
@@ -101,6 +108,72 @@ def test_local_experts_are_no_repositories(card_of):
     assert "base_model" not in card.data.to_dict() and "base_model_relation" not in card.data.to_dict()
     for text in ("More Information Needed", "None", "nan"):
         assert text not in card.text, text
+
+
+def test_no_place_of_this_machine_is_written_down(card_of, tmp_path):
+    """Neither in the cards nor in what they are made from."""
+    card_of(None, None, None)
+    export_expert(tmp_path / "out", "e1", tmp_path / "e1")
+    files = [file for folder in ("out", "e1") for file in (tmp_path / folder).rglob("*") if file.is_file()]
+    assert {"README.md", "conversion_report.json", "config.json"} <= {file.name for file in files}
+    for file in files:
+        assert str(tmp_path).encode() not in file.read_bytes(), file
+
+
+def snippet(card: ModelCard, folder) -> str:
+    (code,) = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+    assert '"path/or/repository", "main"' in code
+    return code.replace('"path/or/repository"', repr(str(folder)))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_snippets_run(card_of, tmp_path, capsys, chat):
+    """As they stand, in the chat template where there is one, for the merged model and for an expert of it."""
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}" if chat else None
+    card = card_of(None, None, None, template=template)
+    assert ("conversational" in card.data.tags) == chat
+    question = "What is 17 + 25?"
+    widget = {"messages": [{"role": "user", "content": question}]} if chat else {"text": question}
+    assert card.data.to_dict()["widget"][0] == widget
+    values = {}
+    exec(snippet(card, tmp_path / "out"), values)
+    assert type(values["model"]).__name__ == "ChannelMergedForCausalLM" and len(values["chosen"])
+    export_expert(tmp_path / "out", "e1", tmp_path / "e1")
+    export = ModelCard.load(tmp_path / "e1" / "README.md", ignore_metadata_errors=False)
+    values = {}
+    exec(snippet(export, tmp_path / "e1"), values)
+    assert type(values["model"]).__name__ == "LlamaForCausalLM"
+    expected = f"[{question}]" if chat else question
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and all(line[2:].startswith(expected) for line in printed), printed
+
+
+def test_the_card_of_an_exported_expert(card_of, tmp_path):
+    """It comes of all models whose rows may be in it, or of its own alone where it is that one bit for bit."""
+    licences = [{"license": "mit", "language": "en"}, {"license": "mit"}, {"license": "apache-2.0"}]
+    card_of(*licences, from_hub=True)
+    export_expert(tmp_path / "out", "e1", tmp_path / "e1")
+    card = ModelCard.load(tmp_path / "e1" / "README.md", ignore_metadata_errors=False)
+    values = card.data.to_dict()
+    assert values["base_model"] == ["user/base", "user/e0", "user/e1"] and values["base_model_relation"] == "merge"
+    assert (values["license"], values["license_name"]) == ("other", "several")
+    error = re.search(r"relative error of that, .* is ([\d.]+)%", card.text, re.DOTALL)
+    assert 50 < float(error[1]) < 100
+    shutil.rmtree(tmp_path / "out")
+    card_of(*licences, from_hub=True, grouping={"num_groups": 2})
+    export_expert(tmp_path / "out", "e1", tmp_path / "e1", overwrite=True)
+    card = ModelCard.load(tmp_path / "e1" / "README.md", ignore_metadata_errors=False)
+    values = card.data.to_dict()
+    assert values["base_model"] == ["user/e1"] and "base_model_relation" not in values
+    assert values["license"] == "apache-2.0" and "bit for bit" in card.text
+
+
+def test_an_export_without_a_report_has_no_card(card_of, tmp_path, caplog):
+    card_of(None, None, None)
+    (tmp_path / "out" / "conversion_report.json").unlink()
+    export_expert(tmp_path / "out", "e1", tmp_path / "e1")
+    assert not (tmp_path / "e1" / "README.md").exists() and (tmp_path / "e1" / "config.json").exists()
+    assert "is no report of a conversion" in caplog.text
 
 
 def test_the_body_comes_from_the_run(card_of, tmp_path):

@@ -13,7 +13,7 @@ from conversion.vocabulary.chat_markers import derive_turns
 from conversion.vocabulary.merged_vocabulary import with_special_tokens
 from modeling_channel_merged import ChannelMergedConfig
 
-from .conftest import BASE_SIZE, BASE_TEMPLATE, CHATML, NAMES, Experts, byte_tokenizer, extended, model_of_size, save
+from .conftest import BASE_SIZE, BASE_TEMPLATE, CHATML, Experts, byte_tokenizer, extended, model_of_size, save
 
 
 def test_every_chat_template_is_reachable(llama, merged_llama):
@@ -26,9 +26,39 @@ def test_every_chat_template_is_reachable(llama, merged_llama):
     assert text(ours) == "[hi]</s>"
     assert text(ours, chat_template="chat") == text(llama.tokenizer("chat")) == "<|im_start|>user\nhi<|im_end|>\n"
     assert text(ours, chat_template="code") == text(llama.tokenizer("code")) == "\n<s>hi</s><fim>"
-    # Experts without a template of their own get the default.
-    assert text(ours, chat_template="math") == text(ours, chat_template="small") == "[hi]</s>"
-    assert set(ours.chat_template) == {"default", *NAMES}
+    # Experts without a template of their own use the default, and have none by their name.
+    assert set(ours.chat_template) == {"default", "chat", "code"}
+    card = (merged_llama / "README.md").read_text()
+    assert (
+        "chat template of their own: `chat`, `code`; `tokenizer.apply_chat_template(messages, chat_template=" in card
+    )
+
+
+def test_one_template_of_all_is_a_plain_text(llama, tmp_path):
+    """Not a dictionary of one text by many names, which many tools do not read."""
+    out = llama.convert(tmp_path / "out", "math", "small")
+    assert AutoTokenizer.from_pretrained(out).chat_template == BASE_TEMPLATE
+    assert not (out / "additional_chat_templates").exists()
+    assert "All experts use the tokenizer's chat template" in (out / "README.md").read_text()
+
+
+def test_templates_of_an_added_expert(llama, tmp_path):
+    """Names of experts that use the default stay theirs, and an old checkpoint's copies of it go."""
+    out = llama.convert(tmp_path / "out", "math", "small")
+    folder = tmp_path / "mat"
+    model_of_size("llama", BASE_SIZE, 7).save_pretrained(folder)
+    extended(template={"default": "D", "h": "H"}).save_pretrained(folder)
+    (out / "additional_chat_templates").mkdir()
+    (out / "additional_chat_templates" / "small.jinja").write_text(BASE_TEMPLATE)
+    add_expert(out, folder, tmp_path / "larger", "mat", progress=False)
+    templates = AutoTokenizer.from_pretrained(tmp_path / "larger").chat_template
+    assert templates == {"default": BASE_TEMPLATE, "mat": "D", "mat-h": "H"}
+    add_expert(out, llama.base, tmp_path / "same", "mat", progress=False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "same").chat_template == BASE_TEMPLATE
+    experts = Experts(llama.base, {"math-pro": llama.folders["math"], "code": llama.folders["code"]})
+    extended(template={"default": "D", "pro": "P"}).save_pretrained(folder)
+    with pytest.raises(ValueError, match="its chat template would be 'math-pro', and 'math-pro' is there already"):
+        add_expert(experts.convert(tmp_path / "pro"), folder, tmp_path / "never", "math", progress=False)
 
 
 def test_a_template_keeps_its_own_special_tokens():
@@ -47,7 +77,7 @@ def test_the_first_experts_template_is_the_default_where_the_base_has_none(llama
     base = save(model_of_size("llama", BASE_SIZE, 0), extended(), tmp_path / "base")
     out = Experts(base, llama.folders).convert(tmp_path / "out")
     templates = AutoTokenizer.from_pretrained(out).chat_template
-    assert templates["default"] == templates["chat"]
+    assert set(templates) == {"default", "code"}
     assert templates["default"].endswith(CHATML)
 
 
@@ -58,9 +88,7 @@ def test_legacy_templates_in_the_tokenizer_config_are_replaced(llama, tmp_path):
     assert "chat_template" in json.loads((base / "tokenizer_config.json").read_text())
     out = Experts(base, llama.folders).convert(tmp_path / "out", "math", "small")
     assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
-    assert AutoTokenizer.from_pretrained(out).chat_template == dict.fromkeys(
-        ("default", "math", "small"), BASE_TEMPLATE
-    )
+    assert AutoTokenizer.from_pretrained(out).chat_template == BASE_TEMPLATE
 
 
 def test_an_experts_named_templates_are_kept_under_its_name(llama, tmp_path):

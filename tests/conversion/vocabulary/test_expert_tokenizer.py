@@ -71,3 +71,31 @@ def test_conversations_from_the_command_line(merged_llama, tmp_path, capsys):
         read_conversations(file)
     with pytest.raises(ValueError, match="there is no prompt to answer"):
         answer_prompts(merged_llama, [])
+
+
+REFUSES = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+    "[{{ m['content'] }}]{% endfor %}"
+)
+LEAVES_OUT = "{% for m in messages if m['role'] != 'system' %}[{{ m['content'] }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own tokenizer", "merged one"])
+def test_a_system_message_is_never_lost(llama, tmp_path, own):
+    """An expert whose template has no system role says so; the others read it."""
+    folders = {"math": llama.folders["math"]}
+    for name, template in {"strict": REFUSES, "deaf": LEAVES_OUT}.items():
+        folders[name] = save(model_of_size("llama", BASE_SIZE, 3), extended(template=template), tmp_path / name)
+    out = Experts(llama.base, folders).convert(tmp_path / "out")
+    if not own:
+        for name in folders:
+            (out / "experts" / name / "tokenizer_config.json").unlink()
+    user = {"role": "user", "content": "hi"}
+    messages = [{"role": "system", "content": "Be brief."}, user]
+    assert answer_prompts(out, [messages], expert="math", max_new_tokens=1)
+    for name, why in {
+        "strict": "does not take messages of the roles system, user: no system",
+        "deaf": "leaves",
+    }.items():
+        assert answer_prompts(out, [[user], "hi"], expert=name, max_new_tokens=1)
+        with pytest.raises(ValueError, match=f"expert '{name}' has no system role .*{why}.*: put what"):
+            answer_prompts(out, [messages], expert=name, max_new_tokens=1)
