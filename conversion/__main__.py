@@ -1,6 +1,7 @@
 """The command line: `channel-merge COMMAND ...`, the same as `python -m conversion COMMAND ...`.
 
-Heavy libraries are imported inside the commands, so that --help answers at once.
+Heavy libraries are imported inside the commands, so that --help answers at once, and after what can be checked
+without them, so that errors do, too.
 """
 
 import json
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from conversion.merging.recipe import Recipe
 
 DEBUG_VARIABLE = "CHANNEL_MERGE_DEBUG"
+INTERRUPTED = 130  # exit code after Ctrl-C, as of every shell
 MAX_ERROR = 1000  # characters: a file may hold values of any length
 
 app = typer.Typer(
@@ -33,6 +35,13 @@ app = typer.Typer(
 
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Channel-merged checkpoint: folder or Hub id.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at the output folder.")]
+
+
+def check_checkpoint(checkpoint: str, expert: str | None = None) -> None:
+    """The mistakes that cost most time to wait for, before anything slow is loaded."""
+    from conversion.checkpoints.checkpoint_place import check_checkpoint
+
+    check_checkpoint(checkpoint, expert)
 
 
 @app.callback()
@@ -78,9 +87,11 @@ def convert(
       channel-merge convert recipe.yaml merged --dry-run
       channel-merge convert recipe.yaml merged --max-memory 1GB
     """
+    from conversion.merging.places import check_places
     from conversion.merging.recipe import load_recipe
 
     loaded = load_recipe(recipe)
+    check_places(loaded, out, overwrite)
     if refines := loaded.refine is not None:
         from conversion.refine import check_refinement, plan_line
 
@@ -170,17 +181,25 @@ def calibrate(
       channel-merge calibrate recipe.yaml calibration.safetensors --dry-run
       channel-merge calibrate recipe.yaml calibration.safetensors --device cuda --max-memory 9GB
     """
+    from conversion.io.staged_folder import check_target_file
+    from conversion.merging.places import check_places, find_texts
+    from conversion.merging.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    find_texts(loaded)
+    check_target_file(out, lambda file: True, overwrite)  # whether it is a calibration takes more to see
+    check_places(loaded)
     if dry_run:
         from rich.console import Console
 
         from conversion.calibrate import plan_lines, plan_only
 
-        plan = plan_only(recipe, out, overwrite=overwrite, max_memory=max_memory, device=device)
+        plan = plan_only(loaded, out, overwrite=overwrite, max_memory=max_memory, device=device)
         Console().print(*plan_lines(plan), sep="\n", soft_wrap=True)
         return
     from conversion.calibrate import calibrate as run
 
-    measured = run(recipe, out, overwrite=overwrite, max_memory=max_memory, device=device, progress=progress)
+    measured = run(loaded, out, overwrite=overwrite, max_memory=max_memory, device=device, progress=progress)
     typer.echo(f"{out}: {sum(measured.texts.values()):,} texts, {sum(measured.tokens.values()):,} tokens")
 
 
@@ -198,6 +217,7 @@ def inspect(
       channel-merge inspect merged --json
       channel-merge inspect merged --plot sharing.png
     """
+    check_checkpoint(checkpoint)
     from rich.console import Console
 
     from conversion.checkpoints.checkpoint_report import inspect_checkpoint
@@ -227,6 +247,10 @@ def export(
     Example:
       channel-merge export merged --expert math math-expert
     """
+    from conversion.io.staged_folder import check_target
+
+    check_target(out, overwrite)
+    check_checkpoint(checkpoint, expert)
     from conversion.export import export_expert
 
     export_expert(checkpoint, expert, out, overwrite=overwrite, max_shard_size=max_shard_size)
@@ -269,6 +293,12 @@ def add_expert(
       channel-merge add-expert merged user/medical-7b larger --name medical
       channel-merge add-expert merged math-lora fixed --name math --replace
     """
+    from conversion.io.sources import find_place
+    from conversion.io.staged_folder import check_target
+
+    check_target(out, overwrite)
+    check_checkpoint(checkpoint, name if replace else None)
+    find_place(name, expert, Path())
     from conversion.add_expert import add_expert as run
 
     added = run(
@@ -324,6 +354,7 @@ def generate(
       channel-merge generate merged --expert math --max-new-tokens 16 "What is 12 + 30?"
       channel-merge generate merged --messages conversations.jsonl
     """
+    check_checkpoint(checkpoint, expert)
     from conversion.generate import answer_prompts
     from conversion.vocabulary.prompts import read_conversations
 
@@ -389,6 +420,11 @@ def train_router(context: typer.Context, checkpoint: Checkpoint):
     Example:
       channel-merge train-router merged --train-data train.jsonl --eval-data eval.jsonl --output-dir routed
     """
+    from conversion.router.arguments import option_help
+    from conversion.training.option_help import check_required
+
+    check_required(context.args, option_help())
+    check_checkpoint(checkpoint)
     from accelerate import PartialState
     from rich.console import Console
 
@@ -411,6 +447,11 @@ def refine(context: typer.Context, checkpoint: Checkpoint):
       channel-merge refine merged --recipe recipe.yaml --output-dir refined
       channel-merge refine merged --recipe recipe.yaml --output-dir refined --max-steps 600 --learning-rate 5e-4
     """
+    from conversion.refinement.arguments import option_help
+    from conversion.training.option_help import check_required
+
+    check_required(context.args, option_help())
+    check_checkpoint(checkpoint)
     from accelerate import PartialState
     from rich.console import Console
 
@@ -444,9 +485,13 @@ def error_line(error: Exception) -> str:
 
 
 def main(arguments: list[str] | None = None):
-    """Run the command line; bad input is one line on stderr and exit code 2."""
+    """Run the command line; bad input is one line on stderr and exit code 2, an interrupt another and 130."""
     try:
         app(arguments)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("Stopped.", err=True)
+        raise
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) or not is_expected(error):
             raise

@@ -18,9 +18,10 @@ from conversion.io.code_hash import code_hash
 from conversion.io.options import find_device, format_bytes, parse_size
 from conversion.io.sources import check_unchanged
 from conversion.io.staged_folder import StagedFile, check_disk_space, check_target_file, free_bytes
-from conversion.merging.calibration import find_texts, longest_text, measure_calibration, read_texts, texts_hash
+from conversion.merging.calibration import longest_text, measure_calibration, read_texts, texts_hash
 from conversion.merging.calibration_file import Measured, is_calibration, write_calibration
 from conversion.merging.calibration_memory import MAX_MEMORY, CalibrationMemory, plan_calibration
+from conversion.merging.places import find_texts
 from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.vocabulary.calibration_texts import CalibrationText

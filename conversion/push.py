@@ -15,10 +15,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
+from conversion.checkpoints.checkpoint_place import read_plain_config
 from conversion.io.model_files import CARD_FILE
 from conversion.io.wording import one_line
-from modeling_channel_merged.configuration_channel_merged import AUTO_MAP
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +66,14 @@ def push_checkpoint(
         )
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub refused {repo_id}: {one_line(error, MAX_REFUSAL)}") from None
+    except RuntimeError as error:  # as which huggingface_hub raises whatever ends the upload of a file
+        reason = one_line(error.__cause__ or error, MAX_REFUSAL)
+        raise ValueError(
+            f"{repo_id} is as it was, for a file could not be sent: the same command sends what is missing ({reason})"
+        ) from None
+    except KeyboardInterrupt:
+        logger.warning("the same command goes on with what %s does not have yet", repo_id)
+        raise
     return Pushed(str(url), commit.oid)
 
 
@@ -87,6 +94,11 @@ def check_checkpoint(folder: Path) -> None:
     """ValueError where a folder is no whole channel-merged checkpoint, or lacks its code or its model card."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
+    read_plain_config(folder)
+    # What is slow to load comes after the first errors.
+    from conversion.checkpoints.merged_checkpoint import MergedCheckpoint
+    from modeling_channel_merged.configuration_channel_merged import AUTO_MAP
+
     with MergedCheckpoint(folder) as merged:
         merged.check_channel_indices()
     for file in sorted({f"{name.partition('.')[0]}.py" for name in AUTO_MAP.values()}):

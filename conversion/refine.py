@@ -43,7 +43,8 @@ from conversion.io.staged_folder import StagedFolder, check_disk_space, check_no
 from conversion.io.wording import one_line
 from conversion.merging.calibration import read_texts
 from conversion.merging.expert_model import load_expert_model
-from conversion.merging.plan import Plan, locate, make_plan
+from conversion.merging.places import locate
+from conversion.merging.plan import Plan, make_plan
 from conversion.merging.recipe import Recipe, load_recipe
 from conversion.refinement.arguments import RefineArguments
 from conversion.refinement.matching_experts import check_same_experts

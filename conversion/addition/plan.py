@@ -12,14 +12,15 @@ from transformers import PreTrainedConfig
 
 from conversion.checkpoints.adapter_config import check_adapted_expert, read_adapter_config
 from conversion.checkpoints.architecture import make_reader, parameter_shapes, vocabulary_paths, with_rows
-from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
+from conversion.checkpoints.configs import adapted_config, compare_configs, load_config
 from conversion.checkpoints.lora_reader import LoraReader, adapter_reader
 from conversion.checkpoints.merged_checkpoint import MergedCheckpoint, find_checkpoint, read_merged_config
 from conversion.checkpoints.stored_expert import StoredExpertReader
 from conversion.io.model_files import check_file_name, same_file
 from conversion.io.row_reader import BaseReader, RowReader
-from conversion.io.sources import Source, find_source, with_weights
-from conversion.io.weight_files import ADAPTER_FORMATS, read_headers
+from conversion.io.sources import BASE, Source, find_source, with_weights
+from conversion.io.weight_files import read_headers
+from conversion.io.weight_formats import ADAPTER_FORMATS
 from conversion.io.wording import first_names
 from conversion.merging.recipe import EXPERT_NAME
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies

@@ -15,8 +15,6 @@ from conversion.io.sources import Source
 
 logger = logging.getLogger(__name__)
 
-BASE = "base_model"
-
 # Config fields that no output of the model depends on. Every other field must be the base's, also one unknown here.
 FREE_CONFIG_FIELDS = frozenset(
     """

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from conversion.checkpoints.adapter_config import AdapterConfig, read_adapter_config
 from conversion.checkpoints.tensor_names import by_parameter_name, match_names
 from conversion.io.sources import Source
-from conversion.io.weight_files import ADAPTER_FORMATS, FLOAT_DTYPES, StoredTensor, read_headers
+from conversion.io.weight_files import FLOAT_DTYPES, StoredTensor, read_headers
+from conversion.io.weight_formats import ADAPTER_FORMATS
 
 KEY_PREFIX = "base_model.model."
 MERGED_KEY_PREFIX = KEY_PREFIX + "model."  # the merged model wraps the base architecture

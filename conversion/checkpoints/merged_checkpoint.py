@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from conversion.checkpoints.architecture import base_architecture
-from conversion.io.foreign_files import foreign, read_model_config
+from conversion.checkpoints.checkpoint_place import read_plain_config, refuse_adapter
+from conversion.io.foreign_files import foreign
 from conversion.io.model_files import check_file_name, drop_code_references
 from conversion.io.row_reader import CheckpointReader
 from conversion.io.sources import Source, find_source, with_weights
@@ -26,13 +27,7 @@ NGRAM_TENSOR = "router.ngrams.weight"
 def read_merged_config(folder: Path) -> ChannelMergedConfig:
     """The config of a channel-merged checkpoint; ValueError where the folder holds something else."""
     file = folder / "config.json"
-    config = read_model_config(file)
-    model_type, version = config.get("model_type"), config.get("format_version")
-    if model_type != ChannelMergedConfig.model_type:
-        raise ValueError(
-            f"{folder} is not a channel-merged checkpoint: its model_type is {model_type!r}, "
-            f"expected {ChannelMergedConfig.model_type!r}"
-        )
+    version = read_plain_config(folder).get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(f"{file}: format_version is {version!r}, expected 1 to {FORMAT_VERSION}")
     with foreign(str(file)):
@@ -48,8 +43,7 @@ def read_merged_config(folder: Path) -> ChannelMergedConfig:
 def find_checkpoint(checkpoint: str | Path) -> Source:
     """A checkpoint given as a folder or as a Hub id (with an optional @revision), fetched if need be."""
     source = find_source("checkpoint", str(checkpoint), Path())
-    if source.is_adapter:
-        raise ValueError(f"{checkpoint} is a PEFT adapter, expected a channel-merged checkpoint")
+    refuse_adapter(source)
     return with_weights(source)
 
 

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-from datasets.utils import logging as datasets_logging
-
 from conversion.io.foreign_files import foreign, read_json_lines
 from conversion.io.sources import without_folder
 
@@ -33,9 +30,8 @@ def read_data(data: str) -> DataRows:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or has no rows.
     """
+    check_data(data)
     suffix = Path(data).suffix
-    if suffix in DATA_SUFFIXES and not Path(data).is_file():
-        raise FileNotFoundError(f"there is no file {data}")
     if suffix in JSON_SUFFIXES:
         rows, name = [row for _, row in read_json_lines(Path(data))], Path(data).stem
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -45,12 +41,20 @@ def read_data(data: str) -> DataRows:
         else:
             name, _, split = data.partition(":")
             arguments = {"path": name, "split": split or "train"}
+        from datasets import load_dataset  # slow to load
+
         with foreign(data), one_line_of_datasets():
             dataset = load_dataset(**arguments)
         rows, columns = dataset.to_list(), dataset.column_names
     if not rows:
         raise ValueError(f"{data} has no rows")
     return DataRows(rows, columns, without_folder(name))
+
+
+def check_data(data: str) -> None:
+    """FileNotFoundError where data are named as a file that is not there."""
+    if Path(data).suffix in DATA_SUFFIXES and not Path(data).is_file():
+        raise FileNotFoundError(f"there is no file {data}")
 
 
 def find_data(data: str, folder: Path) -> str:
@@ -63,6 +67,8 @@ def find_data(data: str, folder: Path) -> str:
 @contextmanager
 def one_line_of_datasets() -> Iterator[None]:
     """What `datasets` raises says everything; what it logs before it would stand beside that."""
+    from datasets.utils import logging as datasets_logging
+
     level = datasets_logging.get_verbosity()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)
     try:

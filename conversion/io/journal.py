@@ -15,10 +15,10 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save
+if TYPE_CHECKING:  # slow to load, and most errors need none of it
+    import torch
 
 JOURNAL_FOLDER = ".journal"
 JOURNAL_FILE = "journal.jsonl"
@@ -72,8 +72,10 @@ class Journal:
             with (self.folder / JOURNAL_FILE).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(line) + "\n")
 
-    def save(self, part: str, file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def save(self, part: str, file: Path, tensors: Mapping[str, "torch.Tensor"]) -> None:
         """Write the tensors of a part into `file`, and write that down."""
+        from safetensors.torch import save
+
         file.write_bytes(save(dict(tensors)))
         self.record(part, file)
 

@@ -1,6 +1,9 @@
 """What the commands' options say, and numbers as a reader wants them: sizes, counts, shares, devices."""
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # slow to load, and most errors need none of it
+    import torch
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -43,8 +46,10 @@ def format_share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
-def find_device(device: str | None) -> torch.device:
+def find_device(device: str | None) -> "torch.device":
     """The named device, or the accelerator if there is one; ValueError where this machine does not have it."""
+    import torch
+
     if device is None:
         return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     try:

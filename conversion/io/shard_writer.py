@@ -18,7 +18,8 @@ import torch
 
 from conversion.io.journal import Journal
 from conversion.io.options import parse_size
-from conversion.io.weight_files import DTYPE_NAMES, MODEL_FORMATS
+from conversion.io.weight_files import DTYPE_NAMES
+from conversion.io.weight_formats import MODEL_FORMATS
 
 SINGLE_FILE, INDEX_FILE = MODEL_FORMATS[0].single, MODEL_FORMATS[0].index
 HEADER_SIZE_BYTES = 8  # at the beginning of a safetensors file, its header's length

@@ -16,13 +16,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from conversion.io.foreign_files import check_ordinary
 from conversion.io.journal import file_hash
 from conversion.io.model_files import EXPERT_FILES, TOKENIZER_PATTERNS
-from conversion.io.weight_files import ADAPTER_FORMATS, MODEL_FORMATS, WeightFormat, weight_files
+from conversion.io.weight_formats import ADAPTER_FORMATS, MODEL_FORMATS, WeightFormat, weight_files
 from conversion.io.wording import one_line
 
 logger = logging.getLogger(__name__)
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 ADAPTER_CONFIG = "adapter_config.json"
+BASE = "base_model"  # the name of the base among the sources of a recipe
 
 # What a model has beside its weights, at the top of its repository: the Hub's patterns match folders with "*" too,
 # so none begins with one.
@@ -58,7 +59,7 @@ HASHED_BYTES = 1 << 20
 class Source:
     """One checkpoint: where it is, and what is written down about it."""
 
-    name: str  # the expert's name, or "base_model"
+    name: str  # the expert's, or BASE
     model: str  # as the recipe has it
     revision: str | None  # commit of a Hub repository
     folder: Path
@@ -99,15 +100,24 @@ def find_source(name: str, model: str, folder: Path) -> Source:
 
     Of a repository only the small files are fetched yet.
     """
+    source = find_place(name, model, folder)
+    if source.revision is not None:
+        return source
+    source = replace(source, files=input_files(source.folder))
+    if source.is_adapter and _has_weights(source.folder, MODEL_FORMATS):
+        logger.warning("%s: %s holds a model and a PEFT adapter, the adapter is read", name, model)
+    return source
+
+
+def find_place(name: str, model: str, folder: Path) -> Source:
+    """The same by the names of files alone, which is quick: `files` is empty."""
     local = Path(model).expanduser()
     local = local if local.is_absolute() else folder / local
     if local.is_dir():
         for file in local.iterdir():
             if not file.is_dir():
                 check_ordinary(file)
-        source = Source(name, model, None, local, input_files(local))
-        if source.is_adapter and _has_weights(local, MODEL_FORMATS):
-            logger.warning("%s: %s holds a model and a PEFT adapter, the adapter is read", name, model)
+        source = Source(name, model, None, local)
     elif local.exists():
         raise ValueError(f"{name}: {model} is a file, expected a folder with a checkpoint or a Hub id")
     else:

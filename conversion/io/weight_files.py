@@ -14,25 +14,9 @@ from typing import Any
 
 import torch
 
-from conversion.io.foreign_files import check_ordinary, parse_json, read_json
+from conversion.io.foreign_files import check_ordinary, parse_json
+from conversion.io.weight_formats import MODEL_FORMATS, WeightFormat, weight_files, weight_map
 from conversion.io.wording import one_line
-from modeling_channel_merged.stored_tensors import check_shard_names
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """A way to store a checkpoint: in one file, or in several with an index."""
-
-    single: str
-
-    @property
-    def index(self) -> str:
-        return f"{self.single}.index.json"
-
-
-# The first that is there is read.
-MODEL_FORMATS = (WeightFormat("model.safetensors"), WeightFormat("pytorch_model.bin"))
-ADAPTER_FORMATS = (WeightFormat("adapter_model.safetensors"), WeightFormat("adapter_model.bin"))
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = {**FLOAT_DTYPES, "F64": torch.float64, "I32": torch.int32, "I64": torch.int64}
@@ -73,22 +57,6 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     return _read_pickled_header(file) if file.suffix == ".bin" else _read_safetensors_header(file)
 
 
-def weight_files(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) -> list[str]:
-    """Names of a checkpoint's files, from the single file or the index; they need not be there.
-
-    Raises:
-        ValueError: the folder has none of the formats, or an index cannot be read.
-    """
-    looked_for = []
-    for format in formats:
-        if (folder / format.single).exists():
-            return [format.single]
-        if (folder / format.index).exists():
-            return sorted(set(_weight_map(folder / format.index).values()))
-        looked_for.append(format.single)
-    raise ValueError(f"{folder} has no {' or '.join(looked_for)}, nor an index of several{_other_format(folder)}")
-
-
 def read_headers(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) -> dict[str, StoredTensor]:
     """Table of contents of a checkpoint folder, over all its shards."""
     formats = tuple(formats)
@@ -102,7 +70,7 @@ def read_headers(folder: Path, formats: Iterable[WeightFormat] = MODEL_FORMATS) 
         return headers[files[0]]
     index = next(folder / format.index for format in formats if (folder / format.index).exists())
     tensors = {}
-    for tensor, file in _weight_map(index).items():
+    for tensor, file in weight_map(index).items():
         if tensor not in headers[file]:
             raise ValueError(f"{folder}: the index says that {tensor} is in {file}, which does not hold it")
         tensors[tensor] = headers[file][tensor]
@@ -202,17 +170,3 @@ def _load_without_data(file: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected a mapping of names to tensors")
     return content
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    check_shard_names(weight_map, str(index))
-    return weight_map
-
-
-def _other_format(folder: Path) -> str:
-    """What a folder without a known format holds instead, for the error."""
-    others = sorted(file.name for pattern in ("*.pt", "*.pth", "*.gguf", "*.h5") for file in folder.glob(pattern))
-    if not others:
-        return ""
-    return f", only {others[0]}: save it as safetensors first (load it with Transformers and call save_pretrained)"

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from conversion.io.open_files import OpenFiles
 from conversion.io.sources import Source
-from conversion.io.weight_files import ADAPTER_FORMATS, MODEL_FORMATS, StoredTensor, read_headers
+from conversion.io.weight_files import StoredTensor, read_headers
+from conversion.io.weight_formats import ADAPTER_FORMATS, MODEL_FORMATS
 
 SAMPLE_BYTES = 4096
 SAMPLES = 16

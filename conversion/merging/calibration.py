@@ -41,7 +41,6 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from conversion.channels.packed_symmetric import SquareSum
-from conversion.io.data_rows import find_data
 from conversion.io.journal import Journal
 from conversion.io.options import format_bytes
 from conversion.io.sources import without_folder
@@ -56,7 +55,6 @@ from conversion.merging.calibration_file import (
 from conversion.merging.calibration_memory import BATCH_TOKENS, CalibrationMemory, run_dtype
 from conversion.merging.expert_model import load_expert_model
 from conversion.merging.plan import Plan
-from conversion.merging.recipe import Recipe
 from conversion.merging.shared_inputs import on_inputs
 from conversion.merging.workers import InTurn, Workers
 from conversion.vocabulary.calibration_texts import MAX_LENGTH, CalibrationText, read_calibration_texts
@@ -76,14 +74,6 @@ class Batch:
 
 class _Enough(Exception):
     """A forward pass has come to the last module that was asked for."""
-
-
-def find_texts(recipe: Recipe) -> str:
-    """The calibration texts that a recipe names: a file, by the recipe's folder, or a Hub dataset as it stands."""
-    data = recipe.calibration.data if recipe.calibration else None
-    if data is None:
-        raise ValueError("the recipe has no calibration texts: add calibration: {data: texts.jsonl}")
-    return find_data(data, recipe.folder)
 
 
 def read_texts(plan: Plan, data: str, max_length: int = MAX_LENGTH) -> list[CalibrationText]:

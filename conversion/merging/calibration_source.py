@@ -85,7 +85,8 @@ def find_calibration(plan: Plan, max_memory: int, threads: int) -> CalibrationFi
         file = plan.recipe.folder / Path(given.file).expanduser()
         return CalibrationFile(read_calibration(file, plan), identity(file, True))
     # Here, for its library of data sets is slow to load and of no use to other conversions.
-    from conversion.merging.calibration import find_texts, longest_text, read_texts, texts_hash
+    from conversion.merging.calibration import longest_text, read_texts, texts_hash
+    from conversion.merging.places import find_texts
 
     data = find_texts(plan.recipe)
     rows = read_texts(plan, data)

@@ -24,13 +24,13 @@ from conversion.checkpoints.architecture import (
     vocabulary_paths,
     with_rows,
 )
-from conversion.checkpoints.configs import BASE, adapted_config, compare_configs, load_config
+from conversion.checkpoints.configs import adapted_config, compare_configs, load_config
 from conversion.checkpoints.lora_reader import adapter_reader
 from conversion.io.foreign_files import foreign
 from conversion.io.row_reader import RowReader
-from conversion.io.sources import Source, find_source, with_weights
-from conversion.io.staged_folder import check_not_a_source, check_target
+from conversion.io.sources import Source, with_weights
 from conversion.io.weight_files import dtype_text
+from conversion.merging.places import locate
 from conversion.merging.recipe import Recipe
 from conversion.vocabulary.merged_vocabulary import MergedVocabulary, merge_vocabularies
 from conversion.vocabulary.own_vocabulary import read_vocabulary
@@ -192,18 +192,6 @@ def make_plan(recipe: Recipe, out: Path | str | None = None, *, overwrite: bool 
     recipe = recipe.resolved()
     base, *experts = locate(recipe, out, overwrite)
     return open_readers(recipe, check(recipe, base, experts))
-
-
-def locate(recipe: Recipe, out: Path | str | None, overwrite: bool) -> list[Source]:
-    """The base and the experts, none of which `out` may replace: of Hub repositories the small files, and adapters."""
-    if out is not None:
-        check_target(Path(out), overwrite)
-    models = [(BASE, recipe.base_model), *((expert.name, expert.model) for expert in recipe.experts)]
-    base, *experts = (find_source(name, model, recipe.folder) for name, model in models)
-    if out is not None:
-        sources = {f"the checkpoint of {source.name} ({source.model})": source.folder for source in (base, *experts)}
-        check_not_a_source(Path(out), sources)
-    return [base, *(with_weights(expert) if expert.is_adapter else expert for expert in experts)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -23,9 +23,11 @@ from pydantic import (
     model_validator,
 )
 
-from conversion.channels.merge_methods import MergeMethod
 from conversion.io.foreign_files import read_yaml
 from conversion.io.model_files import check_file_name, same_file
+
+if TYPE_CHECKING:  # slow to load, and most errors of a recipe need none of it
+    from conversion.channels.merge_methods import MergeMethod
 
 # What a merge method does with its group, and so which parameters it reads; the values are mergekit's defaults.
 METHOD_DEFAULTS: dict[str, dict[str, float | bool]] = {
@@ -282,8 +284,10 @@ class Recipe(StrictModel):
         recipe._folder = self._folder
         return recipe
 
-    def method(self) -> MergeMethod:
+    def method(self) -> "MergeMethod":
         """The merge method with its parameters, neutral where it does not read one."""
+        from conversion.channels.merge_methods import MergeMethod
+
         recipe = self.resolved()
         parameters = {"density": 1.0, "lambda": 1.0, "normalize": True} | recipe.parameters.given()
         return MergeMethod(

@@ -15,6 +15,7 @@ import conversion.calibrate as room
 import conversion.merging.calibration as measuring
 from conversion.calibrate import calibrate, plan_only
 from conversion.merging.calibration_file import read_calibration
+from conversion.merging.places import find_texts
 from conversion.merging.plan import make_plan
 from conversion.merging.recipe import load_recipe, parse_recipe
 
@@ -208,4 +209,4 @@ def test_a_data_set_is_not_taken_for_a_file(recipe, tmp_path):
         ("user/texts:test", "user/texts:test"),
     ):
         changed = {**json.loads(recipe.read_text()), "calibration": {"data": name}}
-        assert measuring.find_texts(parse_recipe(changed, recipe.parent)) == expected
+        assert find_texts(parse_recipe(changed, recipe.parent)) == expected

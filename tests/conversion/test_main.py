@@ -70,6 +70,56 @@ def test_help_imports_nothing_heavy(command):
     assert output.stdout.splitlines()[-1] == "set()"
 
 
+# What can be told without loading a model's libraries, and how the error begins.
+EARLY_ERRORS = [
+    (["convert", "nowhere.yaml", "out"], "cannot read the recipe"),
+    (["convert", "wrong.yaml", "out"], "wrong.yaml: preset: unknown preset"),
+    (["convert", "away.yaml", "out"], "base_model: there is no folder ./away"),
+    (["convert", "away.yaml", "full"], "the output folder full is not empty"),
+    (["calibrate", "away.yaml", "out"], "the recipe has no calibration texts"),
+    (["inspect", "./nowhere"], "checkpoint: there is no folder ./nowhere"),
+    (["inspect", "plain"], "plain is not a channel-merged checkpoint"),
+    (["export", "merged", "out", "--expert", "chemistry"], "unknown expert 'chemistry'"),
+    (["add-expert", "merged", "./nowhere", "out", "--name", "new"], "new: there is no folder ./nowhere"),
+    (["generate", "merged", "--expert", "chemistry", "hello"], "unknown expert 'chemistry'"),
+    (["push", "merged", "a/b/c"], "'a/b/c' is no name of a repository"),
+    (["push", "plain", "a/b"], "plain is not a channel-merged checkpoint"),
+    (["train-router", "merged", "--train-data", "a.jsonl"], "the following options are required: --output-dir"),
+    (
+        ["train-router", "plain", "--train-data", "a", "--output-dir", "out"],
+        "plain is not a channel-merged checkpoint",
+    ),
+    (["refine", "merged", "--output-dir", "out"], "the following options are required: --recipe"),
+]
+
+
+def test_errors_that_need_no_model_import_nothing_heavy(stored, tmp_path):
+    """They answer as quickly as --help: what they need of a checkpoint is the text of its config."""
+    assert stored.folder == tmp_path / "merged"
+    experts = [{"name": name, "model": "./away"} for name in ("a", "b")]
+    for name, recipe in {
+        "away": {"base_model": "./away", "experts": experts},
+        "wrong": {"base_model": "./away", "experts": experts, "preset": "best"},
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
+    for folder, text in {"plain": {"model_type": "llama"}, "full": {}}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(text))
+    code = (
+        "import json, sys\nfrom conversion.__main__ import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n    try:\n        main(arguments)\n"
+        "    except SystemExit as stop:\n        print(stop.code, *sorted({'torch', 'transformers', 'datasets', "
+        "'accelerate', 'safetensors', 'numpy'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, json.dumps([arguments for arguments, _ in EARLY_ERRORS])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    errors = result.stderr.splitlines()
+    for (arguments, message), code, error in zip(EARLY_ERRORS, result.stdout.splitlines(), errors, strict=True):
+        assert error.startswith(f"Error: {message}"), arguments
+        assert code == "2", arguments
+
+
 def test_module_and_console_script_are_the_same_command(stored):
     """`python -m conversion` exits with 2 and one line for an error, as the console script does."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
