@@ -13,10 +13,10 @@ options.
 The data are JSONL, JSON, Parquet or CSV files, or Hub datasets (`id` or `id:split`; the split is `train` unless
 named), with the columns `text` (taken as it stands) or `messages` (of which the turns that the router reads, by
 `router.context` of the config, are put into the chat template), `expert`, the name of the expert that should answer,
-and, if there is one, `source`, for the report.
+and, where there are such columns, `source`, for the report, and `generated` (true for queries that a program wrote, as
+hub_examples/style_queries.py does: they are not held out to evaluate).
 
-Only the router trains, on every query, on a variant of each `text` as another source might write it, and on generated
-queries in styles that one source does not show, for the experts whose names tell which (`--style-queries`). What it
+Only the router trains, on every query and on a variant of each `text` as another source might write it. What it
 reads, the features of the first blocks, which run as the trunk expert, and the tokens, is computed once for every
 query, and then `transformers.Trainer` trains the router on that. Last, a temperature is fitted to the evaluation
 queries, so that the router's probabilities say how often it is right; how well they do is measured on queries that a
@@ -29,6 +29,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ from conversion.router.data import (
     encode_queries,
     hold_out,
     load_queries,
-    with_styles,
     with_variants,
 )
 from conversion.router.evaluation_report import METRICS_FILE, PLOT_FILE, card_section, eval_results, plot_confusion
@@ -111,8 +111,7 @@ def train_router(
     if args.eval_data is None:
         train, evaluation = hold_out(train, EVAL_SHARE, training_args.seed, config.expert_names)
     check_splits(train, evaluation, config.expert_names)
-    train_queries = len(train)
-    train = with_styles(train, args.style_queries, training_args.seed, config.expert_names)
+    counts = Counter("generated_queries" if query["generated"] else "queries" for query in train)
     if args.augment:
         train = with_variants(train, training_args.seed)
     train = encode_queries(train, tokenizer, config)
@@ -156,7 +155,8 @@ def train_router(
     router = model.config.router
     router["temperature"] = useful_temperature(prediction.predictions, prediction.label_ids)
     metrics = evaluate_router(prediction.predictions, prediction.label_ids, sources, config.expert_names, router)
-    metrics["training"] = {"queries": train_queries, **training_record(args), "seed": training_args.seed}
+    metrics["training"] = {"queries": 0, "generated_queries": 0, **counts, **training_record(args)}
+    metrics["training"]["seed"] = training_args.seed
     metrics["training"] |= {"revision": source.revision} if source.revision else {}
     trainer.accelerator.wait_for_everyone()  # to have written what they save
     if staged:

@@ -1,11 +1,11 @@
 """How well a router picks the expert for queries of sources that it was not trained on, against simple baselines.
 
-    python hub_examples/benchmark_router.py CHECKPOINT queries/*.jsonl [--test unseen.jsonl] [--style-queries 0]
+    python hub_examples/benchmark_router.py CHECKPOINT queries/*.jsonl [--test unseen.jsonl]
 
 The files are JSONL with the columns `text` and `expert`; a query's source is its column `source`, else its file's
 name. Every source is left out in turn, the router is trained on the rest, and the source is tested; with `--test`,
-all of the files train one router, and the sources of the test files are tested. Generated queries in more styles train
-all contenders, as in `channel-merge train-router`; `--style-queries 0` leaves them out.
+all of the files train one router, and the sources of the test files are tested. Rows that are marked as `generated`
+(style_queries.py writes such) train all contenders and are never tested.
 Contenders:
 
 - router: the checkpoint's own, as its config says, trained from zero as `channel-merge train-router` does
@@ -34,7 +34,6 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from conversion.router.augmentation import augment
-from conversion.router.data import with_styles
 from conversion.router.metrics import expected_calibration_error
 from conversion.vocabulary.prompts import load_tokenizer
 from modeling_channel_merged.router_inputs import shorten
@@ -42,7 +41,7 @@ from modeling_channel_merged.router_inputs import shorten
 WORD = re.compile(r"[a-z]+|\d|[\u4e00-\u9fff]|[^\sa-z\d]")
 EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 3, 16, 1e-2, 0.1  # of `channel-merge train-router`
 
-Row = dict[str, str]
+Row = dict[str, str | bool]
 # Trains on the first rows and gives the probabilities (B, N) of the second.
 Contender = Callable[[list[Row], list[Row]], torch.Tensor]
 
@@ -52,7 +51,7 @@ def read_rows(files: list[Path]) -> list[Row]:
     for file in files:
         for line in file.read_text(encoding="utf-8").strip("\n").split("\n"):
             row = json.loads(line)
-            rows.append({"text": row["text"], "expert": row["expert"], "source": row.get("source", file.stem)})
+            rows.append({"source": file.stem, "generated": False, **row})
     return rows
 
 
@@ -201,19 +200,10 @@ def experiments(rows: list[Row], test: list[Row]) -> list[tuple[list[Row], list[
     """(training, test) rows of each round: the test files, or every source left out in turn."""
     if test:
         return [(rows, test)]
-    sources = sorted({row["source"] for row in rows})
+    sources = sorted({row["source"] for row in rows if not row["generated"]})
     return [
         ([row for row in rows if row["source"] != source], [row for row in rows if row["source"] == source])
         for source in sources
-    ]
-
-
-def add_styles(rows: list[Row], count: int, seed: int, names: list[str]) -> list[Row]:
-    """The rows, and generated ones in more styles, as `channel-merge train-router` adds them."""
-    queries = [row | {"labels": names.index(row["expert"])} for row in rows]
-    return [
-        {"text": query["text"], "expert": names[query["labels"]], "source": query["source"]}
-        for query in with_styles(queries, count, seed, names)
     ]
 
 
@@ -241,7 +231,6 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("checkpoint", type=Path, help="channel-merged checkpoint, its router trained or not")
     parser.add_argument("queries", type=Path, nargs="+", help="JSONL files")
     parser.add_argument("--test", type=Path, nargs="+", default=[], help="JSONL files of unseen sources")
-    parser.add_argument("--style-queries", type=int, default=1000, help="as of `channel-merge train-router`")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     tokenizer = load_tokenizer(args.checkpoint)
@@ -254,9 +243,7 @@ def main(arguments: list[str] | None = None) -> dict:
         kind: RouterContender(model, tokenizer, kind, args.seed) for kind in ("router", "trunk", "embedding")
     }
     contenders |= {"naive Bayes": naive_bayes(names), "TF-IDF": tf_idf(names)}
-    rounds = [
-        (add_styles(train, args.style_queries, args.seed, names), left) for train, left in experiments(rows, test)
-    ]
+    rounds = experiments(rows, test)
     results = {name: measure(contender, rounds, names) for name, contender in contenders.items()}
     table = Table("source", *contenders, title="Accuracy on unseen sources")
     for source in results["router"]["sources"]:

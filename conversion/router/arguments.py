@@ -29,14 +29,6 @@ class RouterArguments:
     augment: bool = field(
         default=True, metadata={"help": "Also train on a variant of each `text`, as another source might write it."}
     )
-    style_queries: int = field(
-        default=1000,
-        metadata={
-            "metavar": "N",
-            "help": "Most generated queries in other styles to add for each expert named instruct, math, code or "
-            "chinese, never more than three times those of its own; 0: none.",
-        },
-    )
     max_length: int | None = field(
         default=None,
         metadata={

@@ -1,7 +1,8 @@
 """Labelled queries for the router: read, split into training and evaluation queries, tokenized and put into batches.
 
 A query is a dict: `text`, `chat` (whether it goes into the chat template), `labels` (index of the expert that should
-answer it), `source` (where it is from, for the evaluation) and, later, `input_ids` (list of int).
+answer it), `source` (where it is from, for the evaluation), `generated` (whether a program wrote it: such queries are
+evaluated only where the user gives them to evaluate) and, later, `input_ids` (list of int).
 """
 
 import logging
@@ -17,7 +18,6 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from conversion.io.data_rows import read_data
 from conversion.router.augmentation import augment
-from conversion.router.style_queries import STYLES, style_queries
 from conversion.vocabulary.prompts import render, with_valid_text
 from modeling_channel_merged.chat_turns import ChatTurns
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -25,7 +25,7 @@ from modeling_channel_merged.router_inputs import router_messages, shorten
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("text", "messages", "expert", "source")
+COLUMNS = ("text", "messages", "expert", "source", "generated")
 
 Query = dict[str, Any]
 
@@ -78,7 +78,11 @@ def read_rows(
         if chat and not tokenizer.chat_template:
             raise ValueError(f"{place} has messages, but the tokenizer has no chat template: give `text` instead")
         label = config.expert_names.index(expert)
-        queries.append({"text": text, "chat": chat, "labels": label, "source": row.get("source", data)})
+        generated = row.get("generated") or False
+        if not isinstance(generated, bool):
+            raise ValueError(f"{place}: generated is {reprlib.repr(generated)}, expected true or false")
+        source = row.get("source", data)
+        queries.append({"text": text, "chat": chat, "labels": label, "source": source, "generated": generated})
     return queries
 
 
@@ -108,25 +112,6 @@ def with_variants(queries: list[Query], seed: int) -> list[Query]:
         *queries,
         *({**query, "text": augment(query["text"], seed)} for query in queries if not query["chat"]),
     ]
-
-
-def with_styles(queries: list[Query], count: int, seed: int, expert_names: list[str]) -> list[Query]:
-    """The queries, and generated ones in other styles, for the experts whose names `style_queries` knows.
-
-    Args:
-        count: most generated queries of one expert; never more than three times those of its own.
-    """
-    own = Counter(query["labels"] for query in queries)
-    generated = [
-        {"text": text, "chat": False, "labels": label, "source": f"generated_{name}"}
-        for label, name in enumerate(expert_names)
-        if name in STYLES
-        for text in style_queries(name, min(count, 3 * own[label]), seed)
-    ]
-    if generated:
-        names = [name for name in expert_names if name in STYLES]
-        logger.info("added %d generated queries in more styles for %s", len(generated), ", ".join(names))
-    return [*queries, *generated]
 
 
 def encode_queries(
@@ -164,16 +149,19 @@ def hold_out(
 ) -> tuple[list[Query], list[Query]]:
     """Split off `share` of every expert's queries, at least one where it has two, over its sources alike.
 
+    Generated queries are for training; they are held out only of an expert that has no others.
+
     Returns:
         (train, eval); what was held out is logged.
     """
     chosen: set[int] = set()
     counts = []
     for expert, name in enumerate(expert_names):
-        numbers = [number for number, query in enumerate(queries) if query["labels"] == expert]
+        own = [number for number, query in enumerate(queries) if query["labels"] == expert]
+        numbers = [number for number in own if not queries[number]["generated"]] or own
         count = max(1, round(share * len(numbers))) if len(numbers) > 1 else 0
         # In the order of the sources, and at random within each, every so many-th one is taken.
-        generator = random.Random(f"{seed} {name}")
+        generator = random.Random(f"{seed} {expert}")  # and not its name, which decides nothing
         generator.shuffle(numbers)
         numbers.sort(key=lambda number: queries[number]["source"])
         start = generator.random()

@@ -138,9 +138,12 @@ def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
         else "Its pick always answers; a threshold in `config.router['threshold']` would hand doubtful queries to the "
         "default expert:"
     )
+    generated = metrics["training"].get("generated_queries")
     parts = [
         ROUTER_SECTION,
-        f"The router was trained on {metrics['training']['queries']:,} queries. It sends {metrics['accuracy']:.1%} of "
+        f"The router was trained on {metrics['training']['queries']:,} queries"
+        + (f" and {generated:,} generated ones" if generated else "")
+        + f". It sends {metrics['accuracy']:.1%} of "
         f"{metrics['queries']:,} evaluation queries to the right expert (mean of the experts' recalls "
         f"{metrics['macro_accuracy']:.1%}).",
         markdown.table(*confusion_rows(metrics)),

@@ -45,8 +45,7 @@ COMMANDS = {
     "messages": ["generate", "merged", "--messages", "messages.jsonl", "--max-new-tokens", "2", "--device", "cpu"],
     "push": ["push", "merged", "user/name"],
     "train-router": (
-        "train-router merged --train-data data.jsonl --output-dir out --max-steps 1 --style-queries 0 --use-cpu "
-        "--disable-tqdm true"
+        "train-router merged --train-data data.jsonl --output-dir out --max-steps 1 --use-cpu --disable-tqdm true"
     ).split(),
 }
 # Which commands read a file, the more often named the more often run.

@@ -116,7 +116,7 @@ def arguments(request, stored, make_experts, write_recipe, router_rows, write_js
             write_jsonl(tmp_path / f"{name}.jsonl", router_rows(30, seed)) for seed, name in enumerate(("a", "b"))
         )
         start = ["train-router", str(stored.folder), "--train-data", train, "--eval-data", evaluation]
-        start += ["--output-dir", "OUT", "--max-steps", "10", "--style-queries", "0", "--disable-tqdm", "true"]
+        start += ["--output-dir", "OUT", "--max-steps", "10", "--disable-tqdm", "true"]
         start += ["--use-cpu", "true", *SAVING]
 
     def at(out: Path, *more: str) -> list[str]:

@@ -19,6 +19,7 @@ from conversion.vocabulary.prompts import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXPERTS = ["instruct", "math", "code"]
+NEW_NAMES = {"instruct": "code", "math": "b", "code": "my-coder"}
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def train(stored, tmp_path, router_rows, write_jsonl):
             [
                 *("--checkpoint", str(stored.folder), "--train-data", data, "--eval-data", evaluation),
                 *("--output-dir", str(tmp_path / out), "--learning-rate", "0.1", "--num-train-epochs", "10"),
-                *("--augment", "false", "--style-queries", "0", "--disable-tqdm", "true", "--use-cpu", *arguments),
+                *("--augment", "false", "--disable-tqdm", "true", "--use-cpu", *arguments),
             ]
         )
 
@@ -219,13 +220,30 @@ def test_variants_are_trained_on(train, caplog):
     assert metrics["training"]["queries"] == 90
 
 
-def test_generated_queries_are_trained_on(train, caplog):
-    """For experts whose names tell their styles; here as many as each has of its own."""
-    caplog.set_level("INFO", "conversion")
-    metrics = train("--style-queries", "7")
-    assert "added 21 generated queries in more styles for instruct, math, code" in caplog.text
-    assert metrics["training"]["queries"] == 90 and metrics["training"]["style_queries"] == 7
-    assert metrics["accuracy"] > 0.9
+def test_generated_queries_train_and_are_not_held_out(train, tmp_path, router_rows, write_jsonl):
+    data = write_jsonl(tmp_path / "own.jsonl", router_rows(30, seed=0))
+    generated = [{**row, "generated": True} for row in router_rows(60, seed=2)]
+    more = write_jsonl(tmp_path / "more.jsonl", generated)
+    options = ("--checkpoint", str(tmp_path / "merged"), "--output-dir", str(tmp_path / "out"), "--use-cpu")
+    metrics = main([*options, "--train-data", data, more, "--max-steps", "1", "--disable-tqdm", "true"])
+    assert metrics["training"]["queries"] == 27 and metrics["training"]["generated_queries"] == 60
+    assert metrics["queries"] == 3 and metrics["sources"].keys() == {"own"}
+
+
+def test_names_of_experts_decide_nothing(stored, train, router_of, tmp_path, write_jsonl, router_rows):
+    """Other names, the same router, bit for bit, and the same evaluation."""
+    first = train("--max-steps", "5", "--augment", "true", out="first")
+    file = stored.folder / "config.json"
+    names = re.compile("|".join(f'"{name}"' for name in NEW_NAMES))
+    file.write_text(names.sub(lambda found: f'"{NEW_NAMES[found[0][1:-1]]}"', file.read_text()))
+    rows = {seed: [{**row, "expert": NEW_NAMES[row["expert"]]} for row in router_rows(90, seed)] for seed in (0, 1)}
+    files = [write_jsonl(tmp_path / f"{seed}.jsonl", part[: 90 - 60 * seed]) for seed, part in rows.items()]
+    options = ("--train-data", files[0], "--eval-data", files[1], "--max-steps", "5", "--augment", "true")
+    second = train(*options, out="second")
+    assert all(map(torch.equal, router_of("first").values(), router_of("second").values()))
+    assert list(second["recall"]) == list(NEW_NAMES.values()) != list(first["recall"])
+    for key in ("confusion_matrix", "calibration", "thresholds"):
+        assert first[key] == second[key]
 
 
 def test_several_sources(train, tmp_path, router_rows, write_jsonl):

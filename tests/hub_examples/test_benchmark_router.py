@@ -17,7 +17,7 @@ def benchmark(monkeypatch):
 
 
 def test_every_source_is_left_out_once(benchmark):
-    rows = [{"text": str(n), "expert": "a", "source": "xyz"[n % 3]} for n in range(9)]
+    rows = [{"text": str(n), "expert": "a", "source": "xyz"[n % 3], "generated": False} for n in range(9)]
     rounds = benchmark.experiments(rows, [])
     assert [{row["source"] for row in test} for _, test in rounds] == [{"x"}, {"y"}, {"z"}]
     for train, test in rounds:
@@ -25,12 +25,9 @@ def test_every_source_is_left_out_once(benchmark):
     assert benchmark.experiments(rows, rows[:1]) == [(rows, rows[:1])]
 
 
-def test_styles_are_added_as_in_training(benchmark):
-    rows = [{"text": str(n), "expert": "math", "source": "x"} for n in range(3)]
-    rows += [{"text": str(n), "expert": "law", "source": "y"} for n in range(5)]
-    more = benchmark.add_styles(rows, 1000, 0, ["law", "math"])
-    assert more[:8] == rows and [row["expert"] for row in more[8:]] == ["math"] * 9
-    assert benchmark.add_styles(rows, 0, 0, ["law", "math"]) == rows
+def test_generated_queries_train_and_are_not_tested(benchmark):
+    rows = [{"text": str(n), "expert": "a", "source": "xy"[n % 2], "generated": n % 2 == 1} for n in range(4)]
+    assert benchmark.experiments(rows, []) == [([rows[1], rows[3]], [rows[0], rows[2]])]
 
 
 def test_floors_learn_words_that_tell_experts_apart(benchmark):

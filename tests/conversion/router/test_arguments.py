@@ -7,7 +7,6 @@ def test_help_of_an_option():
     """How it is written, what it is for, and what it is where it is not given, also after the parser saw the class."""
     texts = dict(option_help())
     assert texts["--train-data DATA..."].endswith(" [required]")
-    assert texts["--style-queries N"].endswith("0: none. [default: 1000]")
     assert texts["--augment true|false"].endswith(" [default: true]")
     for option in ("--eval-data DATA...", "--threshold P", "--overwrite"):
         assert texts[option].endswith("."), option

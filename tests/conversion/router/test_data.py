@@ -13,7 +13,6 @@ from conversion.router.data import (
     load_queries,
     load_rows,
     read_rows,
-    with_styles,
     with_variants,
 )
 from conversion.vocabulary.prompts import load_tokenizer
@@ -67,7 +66,8 @@ def test_messages_use_the_chat_template(stored, write_tokenizer):
         encode_rows(rows, "data", load_tokenizer(stored.folder), stored.config)
     write_tokenizer(stored.folder, chat=True)
     tokenizer = load_tokenizer(stored.folder)
-    expected = [{"text": "one two", "chat": True, "labels": 1, "source": "data", "input_ids": [16, 3, 4]}]
+    known = {"text": "one two", "chat": True, "labels": 1, "source": "data", "generated": False}
+    expected = [{**known, "input_ids": [16, 3, 4]}]
     assert encode_rows(rows, "data", tokenizer, stored.config) == expected
     rows[0]["messages"].append({"role": "assistant", "content": "three"})
     rows[0]["messages"].insert(0, {"role": "system", "content": "please"})
@@ -128,7 +128,9 @@ def test_variants(stored, router_rows):
 def test_hold_out_takes_the_same_share_of_every_expert(caplog):
     """Disjoint, complete, the same for one seed; an expert with one query keeps it for training; all is logged."""
     labels = [0] * 40 + [1] * 20 + [2] * 2 + [3]
-    queries = [{"input_ids": [i], "labels": label, "source": "all"} for i, label in enumerate(labels)]
+    queries = [
+        {"input_ids": [i], "labels": label, "source": "all", "generated": False} for i, label in enumerate(labels)
+    ]
     names = ["a", "b", "c", "d"]
     with caplog.at_level("INFO", logger="conversion"):
         train, evaluation = hold_out(queries, 0.1, 5, names)
@@ -145,7 +147,7 @@ def test_hold_out_takes_of_every_source(seed):
     """Of each expert's sources in proportion to their size, to less than one query."""
     sizes = {("math", "gsm8k"): 100, ("math", "web"): 30, ("code", "mbpp"): 55, ("code", "web"): 25}
     queries = [
-        {"input_ids": [number], "labels": ["math", "code"].index(expert), "source": source}
+        {"input_ids": [number], "labels": ["math", "code"].index(expert), "source": source, "generated": False}
         for (expert, source), size in sizes.items()
         for number in range(size)
     ]
@@ -155,6 +157,14 @@ def test_hold_out_takes_of_every_source(seed):
         label = ["math", "code"].index(expert)
         count = sum((query["labels"], query["source"]) == (label, source) for query in evaluation)
         assert abs(count - size / 10) < 1
+
+
+def test_generated_queries_are_held_out_only_of_experts_without_others():
+    queries = [{"labels": n % 2, "source": "a", "generated": n % 2 == 1 or n > 20, "number": n} for n in range(60)]
+    train, evaluation = hold_out(queries, 0.2, 0, ["a", "b"])
+    assert [sum(query["labels"] == label for query in evaluation) for label in range(2)] == [2, 6]
+    assert not any(query["generated"] for query in evaluation if query["labels"] == 0)
+    assert sorted(query["number"] for query in train + evaluation) == list(range(60))
 
 
 def test_split_without_queries_is_refused():
@@ -173,6 +183,7 @@ def test_split_without_queries_is_refused():
         ({"text": "one", "expert": None}, "row 3: unknown expert None"),
         ({"text": "  ", "expert": "math"}, "row 3: the text is empty"),
         ({"text": None, "expert": "math"}, "row 3: the text is empty"),
+        ({"text": "one", "expert": "math", "generated": "no"}, "row 3: generated is 'no', expected true or false"),
     ],
 )
 def test_bad_rows(stored, router_rows, row, message):
@@ -200,13 +211,3 @@ def test_bad_files(tmp_path, write_jsonl):
     columns = write_jsonl(tmp_path / "columns.jsonl", [{"question": "one", "expert": "math"}])
     with pytest.raises(ValueError, match=r"has the columns \['question', 'expert'\], expected 'expert', and 'text'"):
         load_rows(columns)
-
-
-def test_styles_of_known_experts_are_three_of_four_queries_at_most():
-    queries = [{"text": "a", "chat": False, "labels": 0, "source": "x"}]
-    queries += [{"text": "c", "chat": False, "labels": 2, "source": "x"}] * 2
-    queries += [{"text": "b", "chat": False, "labels": 1, "source": "y"}] * 9
-    added = with_styles(queries, 5, 0, ["math", "law", "code"])[len(queries) :]
-    assert [query["labels"] for query in added] == [0] * 3 + [2] * 5
-    assert {query["source"] for query in added} == {"generated_math", "generated_code"}
-    assert with_styles(queries, 0, 0, ["math", "code"]) == queries

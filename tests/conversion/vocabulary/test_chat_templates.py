@@ -13,7 +13,7 @@ from conversion.vocabulary.chat_markers import derive_turns
 from conversion.vocabulary.merged_vocabulary import with_special_tokens
 from modeling_channel_merged import ChannelMergedConfig
 
-from .conftest import BASE_SIZE, BASE_TEMPLATE, CHATML, Experts, byte_tokenizer, extended, model_of_size, save
+from .conftest import BASE_SIZE, BASE_TEMPLATE, CHATML, NAMES, Experts, byte_tokenizer, extended, model_of_size, save
 
 
 def test_every_chat_template_is_reachable(llama, merged_llama):

@@ -1,12 +1,20 @@
 # ruff: noqa: E501 (a template is read best on one line)
-"""Queries in styles that one data set per expert does not show: competition LaTeX, many programming languages, exams.
+"""Router queries in styles that one data set does not show: competition LaTeX, many programming languages, exams.
 
-`train-router` adds them for experts named `instruct`, `math`, `code` and `chinese`. All sentences are made here from the
-templates below; the same arguments give the same queries.
+    python hub_examples/style_queries.py my-coder=code my-teacher=math --count 1000 --output-file generated.jsonl
+    channel-merge train-router merged --train-data code.jsonl math.jsonl generated.jsonl --output-dir routed
+
+You say of which kind an expert is: instruct, math, code or chinese. The file is ordinary router data; its rows are
+marked as `generated`, so that none of them is held out to evaluate. All sentences are made here from the templates
+below; the same arguments give the same queries. A thousand for each expert are enough, and not more than three times
+its own queries.
 """
 
+import argparse
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 # Shared
 
@@ -559,10 +567,41 @@ STYLES: dict[str, Callable[[random.Random], str]] = {
 }
 
 
-def style_queries(expert: str, count: int, seed: int) -> list[str]:
-    """`count` different queries of one expert; the same arguments give the same list."""
-    rng = random.Random(f"{expert}/{seed}")
+def style_queries(kind: str, count: int, seed: int) -> list[str]:
+    """`count` different queries of one kind; the same arguments give the same list."""
+    rng = random.Random(f"{kind}/{seed}")
     queries: dict[str, None] = {}
     while len(queries) < count:
-        queries[STYLES[expert](rng)] = None
+        queries[STYLES[kind](rng)] = None
     return list(queries)
+
+
+def style_rows(kinds: dict[str, str], count: int, seed: int) -> list[dict[str, str | bool]]:
+    """Router data with `count` queries of every expert in `kinds`, which says of which kind it is."""
+    return [
+        {"text": text, "expert": expert, "source": f"generated {kind} queries", "generated": True}
+        for expert, kind in kinds.items()
+        for text in style_queries(kind, count, seed)
+    ]
+
+
+def expert_and_kind(argument: str) -> tuple[str, str]:
+    expert, _, kind = argument.rpartition("=")
+    if not expert or kind not in STYLES:
+        raise argparse.ArgumentTypeError(f"{argument!r} is not an expert's name = one of {', '.join(STYLES)}")
+    return expert, kind
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="+", type=expert_and_kind, metavar="EXPERT=KIND")
+    parser.add_argument("--count", type=int, default=1000, help="queries of each expert")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-file", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    rows = style_rows(dict(args.kinds), args.count, args.seed)
+    args.output_file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
