@@ -1,4 +1,4 @@
-"""Which expert each row of the running batch uses: decided once per call, read by every channel-merged module below.
+"""Which expert each row or token of the running batch uses: decided once per call, read by the modules below.
 
 Keyword arguments do not reach the linear layers of a base architecture, so the choice is handed down in a thread's own
 variable that is set around the inner forward pass. torch.compile reads it, too, and guards on what the calling thread
@@ -9,21 +9,25 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 
 @dataclass(frozen=True, eq=False)
 class ActiveExperts:
-    """The experts of one batch.
+    """The experts of one batch: one of the whole batch, of each batch row, or, packed, of each token.
+
+    A packed batch of (B, T) tokens is one of B * T rows of a single token to everything that has channels.
 
     Attributes:
         expert: index of the one expert that the whole batch uses, or None for a mixed batch.
-        expert_index: (B,) int64 expert of each batch row; None when `expert` is given.
-        order: (B,) int64 batch rows sorted by expert; None where the index was not read.
-        counts: (expert, number of batch rows) along `order`.
+        expert_index: (B,) int64 expert of each batch row, or (B * T,) of each token; None when `expert` is given.
+        order: like `expert_index`, the batch rows or tokens sorted by expert; None where the index was not read.
+        counts: (expert, number of batch rows or tokens) along `order`.
         trunk_only: the pass only makes the router's features and stops after its blocks.
+        packed: (B, T) where each token has its expert.
+        kept: the experts of the tokens whose logits are made, which alone reach the head; None: of all.
     """
 
     expert: int | None
@@ -31,20 +35,23 @@ class ActiveExperts:
     order: torch.LongTensor | None = field(default=None, repr=False)
     counts: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     trunk_only: bool = False
+    packed: tuple[int, int] | None = None
+    kept: "ActiveExperts | None" = None
 
     @classmethod
     def from_index(cls, expert_index: torch.LongTensor, rows: Sequence[int] | None = None) -> "ActiveExperts":
-        """Choose the form for a batch from its (B,) index.
+        """Choose the form for a batch from its (B,) index, or (B, T) for a packed one.
 
         Args:
-            rows: the same numbers on the host; without them the index is read there: a synchronisation.
+            rows: the same numbers on the host, flat; without them the index is read there: a synchronisation.
         """
-        rows = expert_index.tolist() if rows is None else rows
+        rows = expert_index.flatten().tolist() if rows is None else rows
         counts = tuple(sorted(Counter(rows).items()))
         if len(counts) == 1:
             return cls(rows[0])
         order = sorted(range(len(rows)), key=rows.__getitem__)
-        return cls(None, expert_index, torch.tensor(order, device=expert_index.device), counts)
+        order = torch.tensor(order, device=expert_index.device)
+        return cls(None, expert_index.flatten(), order, counts, packed=packed_shape(expert_index))
 
     @property
     def is_grouped(self) -> bool:
@@ -53,8 +60,24 @@ class ActiveExperts:
 
     @classmethod
     def mixed(cls, expert_index: torch.LongTensor) -> "ActiveExperts":
-        """A batch whose (B,) index stays on the device: always run as a mixed one, through all stored rows."""
-        return cls(None, expert_index)
+        """A batch whose (B,) or (B, T) index stays on the device: always run as mixed, through all stored rows."""
+        return cls(None, expert_index.flatten(), packed=packed_shape(expert_index))
+
+    def keeping(self, logits_to_keep: int | torch.LongTensor) -> "ActiveExperts":
+        """The same, where logits are made of the last tokens, or of those at the places given, as a model is told."""
+        if self.packed is None or self.kept is not None or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            return self
+        expert_index = kept_tokens(self.expert_index.view(self.packed), logits_to_keep)
+        return replace(self, kept=ActiveExperts.mixed(expert_index))
+
+
+def packed_shape(expert_index: torch.LongTensor) -> tuple[int, int] | None:
+    return tuple(expert_index.shape) if expert_index.dim() == 2 else None
+
+
+def kept_tokens(values: torch.Tensor, logits_to_keep: int | torch.LongTensor) -> torch.Tensor:
+    """Of (B, T, *), those of the tokens whose logits are made."""
+    return values[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
 
 
 class _Running(threading.local):

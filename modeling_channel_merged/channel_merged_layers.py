@@ -125,6 +125,7 @@ class ChannelMergedLinear(ChannelIndexed):
         self.rows = nn.Linear(in_features, num_rows, bias=bias, device=device, dtype=dtype)
         index = initial_channel_index(num_experts, out_features, num_rows)
         self.register_buffer("channel_index", index.to(device))
+        self.is_head = False
         self._derived: DerivedIndex | None = None
         self.derive()
 
@@ -188,6 +189,8 @@ class ChannelMergedLinear(ChannelIndexed):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, *, I) or flattened (B * T, I) -> the same leading dimensions with O channels."""
         active, derived, rows = active_experts(), self.derived, self.rows
+        if self.is_head and active.kept is not None:
+            active = active.kept
         if not is_plain(rows):
             return self._call_rows(hidden_states, active)
         weight, bias = rows.weight, rows.bias
@@ -255,7 +258,8 @@ class ChannelMergedEmbedding(ChannelIndexed):
         if active.expert is not None:
             return self.rows(self.channel_index[active.expert][input_ids])
         expert_index = active.expert_index.to(input_ids.device)
-        return self.rows(self.channel_index[expert_index[:, None], input_ids])
+        expert_index = expert_index.view(active.packed or (-1, 1))
+        return self.rows(self.channel_index[expert_index, input_ids])
 
     def extra_repr(self) -> str:
         return f"num_embeddings={self.num_embeddings}, num_experts={self.num_experts}"
@@ -282,6 +286,10 @@ class PerExpert(nn.Module):
         outputs = torch.stack([expert(*args, **kwargs) for expert in self.experts])  # (N, B or B * T or 1, *)
         expert_index = active.expert_index.to(outputs.device)
         batch = len(expert_index)
+        if active.packed is not None and outputs.shape[1] != batch:
+            outputs = outputs.expand(-1, active.packed[0], *outputs.shape[2:])  # positions that all batch rows share
+            own = outputs.flatten(1, 2)[expert_index, torch.arange(batch, device=outputs.device)]
+            return own.unflatten(0, active.packed)
         if outputs.shape[1] == 1:  # positions that all batch rows share
             return outputs[expert_index, 0]
         expert_index = expert_index.repeat_interleave(tokens_of_row(outputs.shape[1], batch, outputs.shape[1:]))
@@ -298,8 +306,13 @@ def by_expert(call: Callable[[int, torch.Tensor], torch.Tensor]):
 
 
 def split_batch(call, hidden_states: torch.Tensor, active: ActiveExperts) -> torch.Tensor:
-    """`call(hidden_states, active)` on (B, *, I), also where an architecture flattened it to (B * T, I)."""
+    """`call(hidden_states, active)` on (B, *, I), also where an architecture flattened it to (B * T, I).
+
+    Of a packed batch, the call is given (B * T, *, I).
+    """
     leading, batch = hidden_states.shape[0], len(active.expert_index)
+    if active.packed is not None and hidden_states.shape[:2] == active.packed:
+        return call(hidden_states.flatten(0, 1), active).unflatten(0, active.packed)
     if leading == batch:
         return call(hidden_states, active)
     tokens = tokens_of_row(leading, batch, hidden_states.shape)
@@ -397,6 +410,7 @@ def swap_modules(inner: nn.Module, modules: ModuleMap, rows: dict[str, int], num
         inner.set_submodule(path, merged_module(inner.get_submodule(path), spec, num_rows, num_experts))
     for path in modules.per_expert:
         inner.set_submodule(path, PerExpert(inner.get_submodule(path), num_experts))
+    inner.get_output_embeddings().is_head = True
 
 
 @torch.no_grad()

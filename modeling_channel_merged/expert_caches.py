@@ -20,9 +20,9 @@ class BatchExperts:
     """The experts of a batch.
 
     Attributes:
-        expert_index: (B,) int64.
+        expert_index: (B,) int64, or (B, T) of each token; such a batch leaves no cache.
         active: their form for a forward pass.
-        rows: the same numbers on the host; empty while torch.compile traces, where they cannot be known.
+        rows: the same numbers on the host, flat; empty where they are not known there, as while torch.compile traces.
         given: the tensor that named them, and its version then: while it is passed again, nothing is read from it.
     """
 
@@ -37,6 +37,27 @@ class BatchExperts:
         expert_index = torch.tensor(rows, dtype=torch.int64, device=device)
         active = ActiveExperts.from_index(expert_index, rows)
         return cls(expert_index, active, tuple(rows), None if given is None else (given, tensor_version(given)))
+
+    @classmethod
+    def of_tokens(cls, expert_index: torch.LongTensor) -> "BatchExperts":
+        """From the (B, T) expert of each token."""
+        rows = expert_index.flatten().tolist()
+        return cls(expert_index, ActiveExperts.from_index(expert_index, rows), tuple(rows))
+
+    def check_caches(self, past_key_values: Cache | None, use_cache: bool | None) -> bool | None:
+        """What `use_cache` is for these experts.
+
+        Raises:
+            ValueError: a cache for experts of each token: it holds keys and values by batch rows.
+        """
+        if self.expert_index.dim() == 1:
+            return use_cache
+        if past_key_values is not None or use_cache:
+            raise ValueError(
+                "expert_index names the expert of each token, (B, T), and a cache holds one expert's keys and values "
+                "for each batch row: leave out past_key_values and use_cache, or give one expert for each row"
+            )
+        return False
 
     def came_from(self, expert_index) -> bool:
         """Whether `expert_index` is the tensor that named them, unchanged."""

@@ -4,15 +4,24 @@ A cache changes what a call costs, never its text: every call routes its prompts
 that filled the cache are to answer, the cache is emptied and the whole conversation read anew.
 """
 
+import copy
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    Cache,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from .expert_batching import ExpertBatchingManager, batch_experts
 from .expert_caches import BatchExperts, check_not_filled, empty_cache, experts_of_cache
 from .expert_stopping import ExpertEosCriteria
 from .model_outputs import RouterOutput
@@ -185,14 +194,20 @@ class ExpertGenerationMixin(GenerationMixin):
         has it; any other one stops all rows alike.
         """
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
-        ends = self.config.expert_eos_token_ids
         tokens = generation_config._eos_token_tensor
-        if ends is None or tokens is None or {*tokens.tolist()} != {token for end in ends.values() for token in end}:
+        ends = None if tokens is None else self.own_end_tokens(tokens.tolist())
+        if ends is None:
             return criteria
-        expert_index = _call.get().routing.expert_index
-        own = ExpertEosCriteria([ends[name] for name in self.config.expert_names], expert_index)
+        own = ExpertEosCriteria(ends, _call.get().routing.expert_index)
         replaced = [own if getattr(criterion, "eos_token_id", None) is tokens else criterion for criterion in criteria]
         return StoppingCriteriaList(replaced)
+
+    def own_end_tokens(self, eos_token_ids: list[int]) -> list[list[int]] | None:
+        """The tokens that end each expert's answers, N lists; None where the ones asked for end all of them alike."""
+        ends = self.config.expert_eos_token_ids
+        if ends is None or {*eos_token_ids} != {token for end in ends.values() for token in end}:
+            return None
+        return [ends[name] for name in self.config.expert_names]
 
     def _get_candidate_generator(self, *args, model_kwargs: dict, assistant_model=None, **kwargs):
         """A draft is handed the names of the experts; one that does not know them all routes, or knows no experts."""
@@ -207,10 +222,26 @@ class ExpertGenerationMixin(GenerationMixin):
             *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
         )
 
-    def init_continuous_batching(self, *args, **kwargs):
-        raise NotImplementedError(
-            "continuous batching packs queries of different experts into one row, which channel-merged models cannot "
-            "run yet: use generate, or export one expert and serve that"
-        )
+    def init_continuous_batching(
+        self,
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **kwargs,
+    ) -> ExpertBatchingManager:
+        """As in Transformers; each request of the manager has its own expert. See expert_batching.py."""
+        generation_config, _ = self._prepare_generation_config(generation_config)
+        continuous_batching_config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
+        continuous_batching_config.allow_block_sharing = False  # blocks are found by their tokens, whoever wrote them
+        manager = super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
+        manager.__class__ = ExpertBatchingManager  # Transformers makes its own
+        return manager
 
-    generate_batch = continuous_batching_context_manager = init_continuous_batching
+    def generate_batch(self, inputs: list[list[int]], *args, expert_index=None, **kwargs):
+        """As in Transformers; each prompt is answered by one expert, `expert_index` as in `generate`."""
+        if expert_index is not None:
+            expert_index = self.expert_ids(expert_index, len(inputs)).tolist()
+        token = batch_experts.set(expert_index)
+        try:
+            return super().generate_batch(inputs, *args, **kwargs)
+        finally:
+            batch_experts.reset(token)

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import can_return_tuple
 
-from .active_experts import activate, active_or_none
+from .active_experts import activate, active_or_none, kept_tokens
 from .channel_merged_layers import (
     ChannelIndexed,
     ChannelMergedLinear,
@@ -225,12 +225,16 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
         router_only: bool = False,
         **kwargs,
     ) -> ChannelMergedModelOutput | RouterOutput:
-        """Hidden states (B, T, H) of the expert of each row: `expert_index`, else the cache's, else the router's."""
+        """Hidden states (B, T, H) of the expert of each row: `expert_index`, else the cache's, else the router's.
+
+        `expert_index` of shape (B, T) names the expert of each token; see `ChannelMergedForCausalLM.forward`.
+        """
         if router_only:
             return self._route(input_ids, attention_mask, inputs_embeds)
         experts, router_logits = self._experts_of_batch(
             input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
         )
+        use_cache = experts.check_caches(past_key_values, use_cache)
         with activate(experts.active):
             outputs = self.model.base_model(
                 input_ids=input_ids,
@@ -285,7 +289,9 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
             input_ids: (B, T); attention_mask: (B, T); the rest as in the base architecture.
             labels: (B, T) for the language-modelling loss. The choice of an expert has no gradient, so the router does
                 not learn from it. Or (B,), the right experts: as `expert_labels`.
-            expert_index: name, index, list of B of them, or (B,) int64 tensor.
+            expert_index: name, index, list of B of them, or (B,) int64 tensor. An int64 tensor (B, T) names the expert
+                of each token, for rows in which several queries are packed, kept apart by `position_ids` that restart
+                or by the mask; it goes without a cache, since a cache's row is one expert's.
             router_only: return the `RouterOutput` alone.
             expert_labels: (B,) int64 right experts, or their names: returns the router's cross-entropy and logits, and
                 runs only the layers that the router needs.
@@ -305,8 +311,9 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
         experts, router_logits = self._experts_of_batch(
             input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
         )
+        use_cache = experts.check_caches(past_key_values, use_cache)
         capped = self._caps_missing_tokens()
-        with activate(experts.active):
+        with activate(experts.active.keeping(logits_to_keep)):
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -323,8 +330,11 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
         loss, logits = outputs.loss, outputs.logits
         if capped:
             index = self.get_output_embeddings().channel_index
-            missing = index[experts.expert_index.to(index.device)] < 0  # (B, V)
-            logits = logits.masked_fill(missing[:, None].to(logits.device), float("-inf"))
+            expert_index = experts.expert_index.to(index.device)
+            is_packed = expert_index.dim() == 2
+            expert_index = kept_tokens(expert_index, logits_to_keep) if is_packed else expert_index[:, None]
+            missing = index[expert_index] < 0  # (B, 1 or tokens, V)
+            logits = logits.masked_fill(missing.to(logits.device), float("-inf"))
             if labels is not None:
                 loss = self.model.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         return ChannelMergedCausalLMOutput(
@@ -336,6 +346,10 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
             router_logits=router_logits,
             expert_index=experts.expert_index,
         )
+
+    def _supports_logits_to_keep(self) -> bool:
+        """Continuous batching asks, so that only the tokens that are continued reach the head."""
+        return True
 
     def _caps_missing_tokens(self) -> bool:
         """Whether the base architecture turns the -inf of a token that an expert does not have into a number."""

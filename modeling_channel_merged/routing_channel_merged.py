@@ -19,7 +19,7 @@ from .router_inputs import check_router_mask, shorten
 
 logger = logging.get_logger(__name__)
 
-ExpertIndex = str | int | list[str | int] | torch.LongTensor
+ExpertIndex = str | int | list[str | int] | torch.LongTensor | BatchExperts
 
 
 class _TrunkDone(Exception):
@@ -239,10 +239,14 @@ class ExpertRoutingMixin:
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
         cached, router_logits = experts_of_cache(past_key_values), None
+        if isinstance(expert_index, BatchExperts):
+            return expert_index, None
         if expert_index is not None and torch.compiler.is_dynamo_compiling():
             experts, cached = self._experts_in_graph(inputs, expert_index), None
         elif cached is not None and (expert_index is None or cached.came_from(expert_index)):
             experts = cached
+        elif isinstance(expert_index, torch.Tensor) and expert_index.dim() == 2:
+            experts, cached = self._experts_of_tokens(inputs, expert_index), None
         elif expert_index is not None:
             given = expert_index if isinstance(expert_index, torch.Tensor) else None
             experts = BatchExperts.of_rows(self._expert_rows(expert_index, len(inputs)), inputs.device, given)
@@ -254,6 +258,20 @@ class ExpertRoutingMixin:
         if cached is not None:
             experts = self._of_filled_cache(experts, cached, len(inputs))
         return experts, router_logits
+
+    def _experts_of_tokens(self, inputs: torch.Tensor, expert_index: torch.LongTensor) -> BatchExperts:
+        """Experts given for each token of the (B, T, ...) `inputs`; ValueError where they do not fit."""
+        if expert_index.is_floating_point() or expert_index.dtype == torch.bool:
+            raise ValueError(f"expert_index must be an integer tensor, got {expert_index.dtype}")
+        if expert_index.shape != inputs.shape[:2]:
+            raise ValueError(
+                f"expert_index has the shape {tuple(expert_index.shape)}, expected one expert for each batch row or "
+                f"for each token, {tuple(inputs.shape[:2])}"
+            )
+        experts = BatchExperts.of_tokens(expert_index.to(inputs.device, torch.int64))
+        for number in {*experts.rows}:
+            self.config.expert_id(number)
+        return experts
 
     def _experts_in_graph(self, inputs: torch.Tensor, expert_index: str | int | torch.LongTensor) -> BatchExperts:
         """The given experts while torch.compile traces, where nothing can be read from the device.

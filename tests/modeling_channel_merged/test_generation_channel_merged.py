@@ -116,11 +116,6 @@ def test_empty_cache_is_routed_afresh(llama_model, prompts):
     assert torch.equal(output.expert_index, llama_model.route(prompts).expert_index)
 
 
-def test_continuous_batching_is_refused(llama_model, prompts):
-    with pytest.raises(NotImplementedError, match="continuous batching"):
-        llama_model.generate_batch([prompts[0].tolist()])
-
-
 def test_token_outside_an_experts_vocabulary_is_never_generated(llama_model, prompts):
     head = llama_model.model.lm_head
     with torch.no_grad():
