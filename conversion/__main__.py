@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from conversion.merging.recipe import Recipe
 
 DEBUG_VARIABLE = "CHANNEL_MERGE_DEBUG"
+API_KEY_VARIABLE = "CHANNEL_MERGE_API_KEY"
 INTERRUPTED = 130  # exit code after Ctrl-C, as of every shell
 MAX_ERROR = 1000  # characters: a file may hold values of any length
 
@@ -365,6 +366,53 @@ def generate(
     for answer in answers:
         typer.secho(f"[{answer.expert} {answer.choice}] {answer.question}", bold=True)
         typer.echo(answer.text.strip("\n") + "\n")
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: a free one.")] = 8000,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: cuda where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; auto: as stored.")] = "auto",
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar=API_KEY_VARIABLE, help="Refuse requests without this key; default: none is needed."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, in tokens; a request may ask for less.")
+    ] = 1024,
+    max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of all running requests whose keys and values are kept; default: what fits."),
+    ] = None,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds for answers that are begun when the server stops.")] = 30,
+):
+    """Answer OpenAI's chat completions and responses, many at once, each by its expert.
+
+    The model `auto` lets the router choose, by the user's last turn; an expert's name names the expert. Needs the
+    extra `serve`. It stops with Ctrl-C or SIGTERM.
+
+    \b
+    Examples:
+      channel-merge serve merged
+      channel-merge serve merged --host 0.0.0.0 --port 80 --device cuda --api-key secret
+    """
+    from conversion.serve import serve_checkpoint
+
+    serve_checkpoint(
+        checkpoint,
+        host=host,
+        port=port,
+        device=device,
+        dtype=dtype,
+        api_key=api_key,
+        max_tokens=max_tokens,
+        max_body=max_body,
+        cache_tokens=cache_tokens,
+        grace=grace,
+    )
 
 
 @app.command()

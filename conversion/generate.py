@@ -9,14 +9,13 @@ The installed classes run the checkpoint; code files beside the weights are not 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, BatchEncoding
+from transformers import AutoModelForCausalLM
 
 from conversion.checkpoints.merged_checkpoint import whole_checkpoint
 from conversion.io.foreign_files import foreign
-from conversion.io.options import find_device
+from conversion.io.options import check_dtype, find_device
+from conversion.router.choices import choose_experts
 from conversion.vocabulary.expert_tokenizer import ExpertTokenizer, end_of_answer, until_end
 from conversion.vocabulary.prompts import (
     Prompt,
@@ -26,8 +25,6 @@ from conversion.vocabulary.prompts import (
     uses_chat_template,
     with_valid_text,
 )
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -85,8 +82,7 @@ def answer_prompts(
     for number, prompt in enumerate(prompts, start=1):
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise ValueError(f"prompt {number} of {len(prompts)} is empty")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     device = find_device(device)
     source, config = whole_checkpoint(checkpoint)
     folder = source.folder
@@ -119,35 +115,3 @@ def answer_prompts(
         for name, answer in zip(experts, answers, strict=True)
     ]
     return [Answer(*fields) for fields in zip(prompts, experts, probabilities, fallbacks, texts, strict=True)]
-
-
-def choose_experts(
-    model: Any, inputs: BatchEncoding, *, whole: bool
-) -> tuple[list[str], list[float], list[str | None]]:
-    """Of each query the expert that answers it, the router's probability for that one, and why it is the default.
-
-    Args:
-        whole: the inputs hold nothing but what the router is to read.
-    """
-    routing = model.route(**inputs, top_k=1, whole=whole)
-    experts = [model.config.expert_names[number] for number in routing.expert_index.tolist()]
-    probabilities = routing.probabilities.gather(1, routing.expert_index[:, None]).flatten().tolist()
-    return experts, probabilities, fallback_reasons(model, routing, inputs["attention_mask"])
-
-
-def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> list[str | None]:
-    """Why the default expert answers each query, or None where the router chose; `routing` is of `route(top_k=1)`."""
-    threshold, names = model.config.router["threshold"], model.config.expert_names
-    trained, reasons = model.router.is_trained, []
-    for number, (best, probability) in enumerate(
-        zip(routing.top_experts[:, 0].tolist(), routing.top_probabilities[:, 0].tolist(), strict=True)
-    ):
-        if not trained:
-            reasons.append("the router is untrained")
-        elif not attention_mask[number].any():
-            reasons.append("the router has nothing to read")
-        elif probability < threshold:
-            reasons.append(f"{names[best]} has {probability:.3f}, below the threshold {threshold:.3f}")
-        else:
-            reasons.append(None)
-    return reasons

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "addition": ("channels", "io", "vocabulary", "checkpoints", "merging", "hub"),
     "training": ("io",),
     "router": ("io", "vocabulary", "training"),
+    "serving": ("io", "vocabulary", "checkpoints", "router"),
     "refinement": ("io", "vocabulary", "checkpoints", "merging", "hub", "training"),
 }
 DOOR = "the door"

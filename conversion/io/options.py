@@ -6,6 +6,7 @@ if TYPE_CHECKING:  # slow to load, and most errors need none of it
     import torch
 
 SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def parse_size(size: int | str, name: str = "max_shard_size") -> int:
@@ -56,3 +57,9 @@ def find_device(device: str | None) -> "torch.device":
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def check_dtype(dtype: str) -> None:
+    """ValueError where a model is not loaded as that: one of DTYPES, "auto" for what is stored."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")

@@ -1,8 +1,10 @@
 """How each expert reads a prompt and writes its answer, in ids of the merged vocabulary, and where its answer ends."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from conversion.io.foreign_files import foreign
@@ -140,6 +142,22 @@ class ExpertTokenizer:
             return self._merged.decode(numbers, skip_special_tokens=True)
         own = [self._own_ids[number] for number in numbers if number in self._own_ids]
         return self._own.decode(own, skip_special_tokens=True)
+
+    def decode_stream(self) -> Callable[[int], str]:
+        """A function that takes an answer's tokens one after the other and gives the text that each completes.
+
+        What it leaves out, such as half a character at the end, is in `decode` of all tokens.
+        """
+        tokenizer = getattr(self._own or self._merged, "backend_tokenizer", None)
+        if tokenizer is None:  # one that is written in Python: it decodes whole answers only
+            return lambda number: ""
+        stream = DecodeStream(skip_special_tokens=True)
+
+        def step(number: int) -> str:
+            own = number if self._own is None else self._own_ids.get(number)
+            return "" if own is None else stream.step(tokenizer, own) or ""
+
+        return step
 
     def _render(self, prompt: Prompt, generation: bool = True) -> str:
         if DEFAULT_TEMPLATE in named_templates(self._own):

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import conversion.generate as room
 from conversion.__main__ import main
-from conversion.generate import answer_prompts, fallback_reasons
+from conversion.generate import answer_prompts
+from conversion.router.choices import fallback_reasons
 from conversion.vocabulary.prompts import render
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
 

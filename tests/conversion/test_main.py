@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from conversion.__main__ import DEBUG_VARIABLE, error_line, main
 from conversion.router.arguments import RouterArguments
 
-COMMANDS = ["convert", "calibrate", "inspect", "export", "add-expert", "generate", "push", "train-router"]
+COMMANDS = ["convert", "calibrate", "inspect", "export", "add-expert", "generate", "serve", "push", "train-router"]
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_help_lists_every_command(run):
     assert code == 0 and all(command in out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["calibrate", "generate", "train-router"])
+@pytest.mark.parametrize("command", ["calibrate", "generate", "serve", "train-router"])
 def test_help_imports_nothing_heavy(command):
     """--help must answer at once."""
     code = (
