@@ -267,7 +267,8 @@ def test_a_request_that_cannot_be_answered(served, client, case):
 
 
 @pytest.mark.parametrize(
-    "given", [None, 5, [], [5], [{"type": "function_call"}], [{"type": "file", "x": 1}], [{"role": "user"}]]
+    "given",
+    [None, 5, [], [5], [{"type": "function_call"}], [{"type": "file", "x": 1}], [{"role": "user", "content": 5}]],
 )
 def test_input_that_is_no_conversation(client, given):
     with pytest.raises(openai.APIStatusError, match="input") as refused:
@@ -336,7 +337,7 @@ def test_paths_that_are_not_there(served):
 
 def test_the_key(served):
     """Without it nothing is answered but the health."""
-    for key in ("another key", "a key "):
+    for key in ("another key", "a keys"):
         with served.client(api_key=key) as client:
             with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
                 client.models.list()
