@@ -272,11 +272,16 @@ class PerExpert(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(num_experts - 1))])
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it looks up rows (learned positions), rather than computes."""
+        return isinstance(self.experts[0], nn.Embedding)
+
     def forward(self, *args, **kwargs) -> torch.Tensor:
         active = active_experts()
         if active.expert is not None:
             return self.experts[active.expert](*args, **kwargs)
-        if active.is_grouped and len(args) == 1 and not kwargs and not isinstance(self.experts[0], nn.Embedding):
+        if active.is_grouped and len(args) == 1 and not kwargs and not self.is_lookup:
             call = by_expert(lambda expert, hidden_states: self.experts[expert](hidden_states))
             return split_batch(call, args[0], active)
         return self._select(active, *args, **kwargs)
