@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.cli.serving.utils import CBGenerateManager, GenerationState, _StreamError
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import drain_queue
 
@@ -102,18 +100,16 @@ class ExpertGenerateManager(CBGenerateManager):
         if self._cb is not None:
             return
         config = GenerationConfig.from_dict({**gen_config.to_dict(), "do_sample": False})
-        cb: ContinuousBatchingManager = model.init_continuous_batching(
-            generation_config=config, continuous_batching_config=self._cb_config
-        )
+        cb = model.init_continuous_batching(generation_config=config, continuous_batching_config=self._cb_config)
         cb.logit_processor = request_processors(cb.logit_processor, model.config.vocab_size)
-        cb.warmup()  # also makes the cache, whose size limits a request
+        cb.warmup()
         cb.start()
         self._cb = cb
 
     @property
     def max_request_tokens(self) -> int:
         """The most tokens that one request can have, its answer included."""
-        return infer_max_single_request_tokens(self._cb.batch_processor.cache)
+        return self._cb.max_request_tokens
 
     def generate_streaming(self, model, processor: Question, inputs, gen_config, request_id, response_parser=None):
         stream = self._start(processor, inputs, gen_config, request_id, streaming=True)

@@ -183,6 +183,20 @@ def test_a_seed_gives_the_same_answer_in_any_company(client):
     assert len({ask({"temperature": 1}) for _ in range(3)}) > 1
 
 
+def test_what_a_request_leaves_out_is_as_the_checkpoint_has_it(served, client, monkeypatch):
+    """One whose generation config samples does so, with its temperature and top-k; 0 is greedy even then."""
+    defaults = {"do_sample": True, "temperature": 0.8, "top_k": 3}
+    asked = {"model": "math", "messages": user("x"), "max_tokens": 20, "seed": 5}
+    greedy = client.chat.completions.create(**asked).choices[0].message.content
+    hot = client.chat.completions.create(**asked, temperature=0.8).choices[0].message.content
+    for name, value in defaults.items():
+        monkeypatch.setattr(served.manager.model.generation_config, name, value)
+    few = client.chat.completions.create(**asked).choices[0].message.content
+    assert len({greedy, hot, few}) == 3
+    assert client.chat.completions.create(**asked, temperature=0.8).choices[0].message.content == few
+    assert client.chat.completions.create(**asked, temperature=0).choices[0].message.content == greedy
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_an_answer_ends_before_a_stop_string(served, client, stream):
     """Wherever it stands, also across pieces; nothing of it is sent, and its place in the batch is free at once."""
