@@ -84,7 +84,7 @@ def answer_unreadable(request: Request, error: RequestValidationError) -> JSONRe
 
 
 def answer_dead(request: Request, error: CBWorkerDeadError) -> JSONResponse:
-    return JSONResponse(error_content("generation has failed and stopped: the server must be started anew", 503), 503)
+    return JSONResponse(error_content(str(error), 503), 503)
 
 
 def answer_fault(request: Request, error: Exception) -> JSONResponse:

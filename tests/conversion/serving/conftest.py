@@ -97,9 +97,9 @@ class Served:
 
 
 @contextmanager
-def serving(checkpoint: Path, grace: int | None = None, **options) -> Iterator[Served]:
+def serving(checkpoint: Path, grace: int | None = None, cache_tokens: int = 8192, **options) -> Iterator[Served]:
     manager = MergedModelManager(checkpoint, "cpu")
-    state = ExpertGenerationState(manager.model, cache_tokens=8192)
+    state = ExpertGenerationState(manager.model, cache_tokens)
     application = build_application(
         manager, state, **{"max_tokens": 1500, "max_body": 20_000, "api_key": API_KEY, **options}
     )
