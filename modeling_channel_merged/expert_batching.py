@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import model_runner, utils
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import (
@@ -40,7 +41,6 @@ from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from .active_experts import ActiveExperts, sent
 from .channel_merged_layers import PerExpert
-from .configuration_channel_merged import ChannelMergedConfig
 from .expert_caches import BatchExperts
 
 QUEUE_SECONDS = 10
@@ -349,9 +349,11 @@ class ExpertBatchingManager(ContinuousBatchingManager):
         processor._generation_step(packed)
 
 
-def check_paged_attention(config: ChannelMergedConfig):
-    """ValueError for an attention implementation whose paged form is another function, or refuses plain passes."""
-    name = config._attn_implementation
+def check_paged_attention(model: PreTrainedModel):
+    """ValueError for attention without a paged form, or whose paged form is another function or cannot route."""
+    base, name = model.config.text_config.model_type, model.config._attn_implementation
+    if not model._supports_attention_backend:
+        raise ValueError(f"continuous batching does not run with {base!r}, whose attention has no paged form")
     if name in ("eager", "paged|eager"):
         raise ValueError(
             f"continuous batching does not run with the attention implementation {name!r}, which in its paged form "

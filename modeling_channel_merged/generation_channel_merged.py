@@ -245,7 +245,7 @@ class ExpertGenerationMixin(GenerationMixin):
         Raises:
             ValueError: an attention implementation that cannot be packed, or that routing cannot run beside.
         """
-        check_paged_attention(self.config)
+        check_paged_attention(self)
         lengths = (generation_config and generation_config.max_length, self.generation_config.max_length)
         generation_config, _ = self._prepare_generation_config(generation_config)
         if generation_config.max_new_tokens is None and not any(lengths):

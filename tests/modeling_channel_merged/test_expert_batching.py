@@ -6,7 +6,15 @@ from collections import defaultdict
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, Gemma2Config, GenerationConfig, GPT2Config, LlamaConfig
+from transformers import (
+    ContinuousBatchingConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+)
 from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
 from modeling_channel_merged.active_experts import active_experts
@@ -14,7 +22,11 @@ from modeling_channel_merged.expert_batching import ExpertPagedCache
 
 from .conftest import CONFIGS, SIZES, random_model
 
-GPT2 = {"gpt2": lambda: GPT2Config(vocab_size=99, n_embd=48, n_layer=2, n_head=4, n_positions=64)}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+FAMILIES = CONFIGS | {
+    "gpt2": lambda: GPT2Config(vocab_size=99, n_embd=48, n_layer=2, n_head=4, n_positions=64),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=12, **SLIDING),
+}
 EXPERTS = 4
 NEW_TOKENS = 5
 GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
@@ -73,10 +85,10 @@ def no_end(monkeypatch):
 
 
 class TestGenerateBatch:
-    @pytest.mark.parametrize("family", {**CONFIGS, **GPT2})
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_fifty_requests_of_all_experts(self, family, no_end):
         """Prompts are read in several steps, with answers of other experts in the same steps."""
-        model = random_model({**CONFIGS, **GPT2}[family](), EXPERTS)
+        model = random_model(FAMILIES[family](), EXPERTS)
         count = 50 if family == "llama" else 12
         prompts, draw = [prompt[:55] for prompt in random_prompts(count)], random.Random(1)
         experts = [draw.randrange(EXPERTS) for _ in prompts]
@@ -144,10 +156,17 @@ class TestGenerateBatch:
         with pytest.raises(ValueError, match=f"implementation '{name[:5]}.*sdpa"):
             model.init_continuous_batching()
 
-    def test_soft_capping_is_refused(self):
-        model = random_model(Gemma2Config(**SIZES, head_dim=12), 2)
-        with pytest.raises(ValueError, match="soft-capping"):
-            model.generate_batch([[5]], GenerationConfig(**GREEDY), small())
+    @pytest.mark.parametrize(
+        ("text_config", "problem"),
+        [
+            (Gemma2Config(**SIZES, head_dim=12), "soft-capping"),
+            (FalconConfig(vocab_size=99, hidden_size=48, num_hidden_layers=2, num_attention_heads=4), "'falcon'"),
+        ],
+        ids=["gemma2", "falcon"],
+    )
+    def test_architectures_without_paged_attention_are_refused(self, text_config, problem):
+        with pytest.raises(ValueError, match=problem):
+            random_model(text_config, 2).generate_batch([[5]], GenerationConfig(**GREEDY), small())
 
 
 class TestManager:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, GPT2Config, LlamaConfig
+from transformers import Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conversion.channels.row_layout import layout_rows
@@ -14,7 +14,10 @@ from modeling_channel_merged.channel_ops import ALL_ROWS_MAX_TOKENS, reference_l
 
 from .conftest import CONFIGS, SIZES, random_model
 
-WITH_POSITIONS = CONFIGS | {"gpt2": lambda: GPT2Config(vocab_size=99, n_embd=48, n_layer=2, n_head=4, n_positions=32)}
+FAMILIES = CONFIGS | {
+    "gpt2": lambda: GPT2Config(vocab_size=99, n_embd=48, n_layer=2, n_head=4, n_positions=32),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES, head_dim=12),  # norms of heads that stand before the tokens
+}
 FEW, MANY = 9, ALL_ROWS_MAX_TOKENS + 3
 
 
@@ -128,7 +131,7 @@ class TestLinear:
 
     def test_tokens_that_do_not_fit_are_an_error(self):
         with torch.no_grad(), activate(ActiveExperts.from_index(experts_of(1, FEW))):
-            with pytest.raises(RuntimeError, match="mixed batch of 9 rows"):
+            with pytest.raises(RuntimeError, match=r"packed batch of \(1, 9\) tokens reached a layer"):
                 random_linear()(torch.randn(1, FEW + 1, 33))
 
 
@@ -146,6 +149,20 @@ def test_norms(make, shape):
     for active in forms(expert_index):
         with torch.no_grad(), activate(active):
             torch.testing.assert_close(norms(hidden_states), expected.view(shape))
+
+
+@pytest.mark.parametrize("heads", [3, 7])
+def test_norms_of_heads_that_stand_before_the_tokens(heads):
+    """(B, heads, T, d), as some architectures norm queries and keys; also with as many tokens as heads."""
+    torch.manual_seed(0)
+    norms, expert_index = PerExpert(LlamaRMSNorm(12), 3), experts_of(2, 7)
+    for parameter in norms.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    hidden_states = torch.randn(2, 7, heads, 12)
+    for active in forms(expert_index):
+        with torch.no_grad(), activate(active):
+            expected = norms(hidden_states)
+            torch.testing.assert_close(norms(hidden_states.transpose(1, 2)), expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -187,11 +204,11 @@ def segments(prompts):
 
 
 class TestForward:
-    @pytest.mark.parametrize("family", WITH_POSITIONS)
+    @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("count", [2, 4])
     @torch.no_grad()
     def test_packed_queries_are_what_each_is_alone(self, family, count, segments):
-        model, segments, experts = random_model(WITH_POSITIONS[family](), 3), segments[:count], [2, 0, 2, 1][:count]
+        model, segments, experts = random_model(FAMILIES[family](), 3), segments[:count], [2, 0, 2, 1][:count]
         inputs = packed(segments, experts)
         output = model(**inputs)
         assert output.past_key_values is None and torch.equal(output.expert_index, inputs["expert_index"])
