@@ -385,7 +385,11 @@ def serve(
     max_body: Annotated[str, typer.Option(help="Largest request.")] = "1MB",
     cache_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of all running requests whose keys and values are kept; default: what fits."),
+        typer.Option(
+            min=1,
+            help="Tokens of all running requests whose keys and values are kept; default: 16384 on a CPU, elsewhere "
+            "what fits.",
+        ),
     ] = None,
     grace: Annotated[int, typer.Option(min=0, help="Seconds for answers that are begun when the server stops.")] = 30,
 ):

@@ -38,7 +38,8 @@ def serve_checkpoint(
         api_key: what requests must bring; None: nothing.
         max_tokens: the most tokens of an answer.
         max_body: the most bytes of a request.
-        cache_tokens: tokens of all running requests together whose keys and values are kept; None: as many as fit.
+        cache_tokens: tokens of all running requests together whose keys and values are kept; None: 16,384 on a
+            CPU, elsewhere as many as fit.
 
     Raises:
         ValueError: an option that cannot be, no channel-merged checkpoint that answers chats, the extra is missing.

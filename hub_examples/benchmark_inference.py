@@ -11,6 +11,9 @@ machine hits all alike; medians are reported. A table for each section, then one
   the whole batch, (c) the base with one LoRA adapter (rank 16) per expert and `adapter_names`.
 - serving: switching experts, memory, load time, routing.
 - experts: runs, memory and speed against the number of experts.
+- continuous: requests of different lengths for all experts, there at once, by continuous batching: against the same
+  requests in static batches (each runs until its longest answer ends), against N dense models that serve their own
+  requests one model after the other, and against one dense model that serves all. Tokens are those asked for.
 
 The ceiling is the memory bandwidth, measured by summing a large tensor, over the weight bytes that a decode step
 reads.
@@ -34,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig, LlamaConfig
 
 from conversion.channels.row_layout import layout_rows
 from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM
@@ -364,11 +367,95 @@ def by_number_of_experts(setting: Setting) -> Iterator[dict]:
         del merged
 
 
+@dataclass(frozen=True)
+class Request:
+    prompt: list[int]
+    new_tokens: int
+    expert: int
+
+
+def random_requests(setting: Setting, count: int) -> list[Request]:
+    """Prompts and answers of a quarter to the whole of the setting's lengths, the experts in turn."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(2, count, generator=generator) * 0.75 + 0.25
+    prompts, answers = (share * torch.tensor([[setting.prompt], [setting.new_tokens]])).ceil().int().tolist()
+    return [
+        Request(
+            torch.randint(3, VOCABULARY, (prompt,), generator=generator).tolist(), answer, row % setting.num_experts
+        )
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+def serve_continuously(model: nn.Module, requests: list[Request], is_merged: bool) -> float:
+    """Seconds until all requests are answered, from the moment that they are there."""
+    config = GenerationConfig(do_sample=False, eos_token_id=-1, max_new_tokens=1)
+    tokens = sum(len(request.prompt) + request.new_tokens for request in requests)
+    options = ContinuousBatchingConfig(page_size=32, num_blocks=tokens // 32 + len(requests), max_batch_tokens=256)
+    with model.continuous_batching_context_manager(config, continuous_batching_config=options) as manager:
+        start = time.perf_counter()
+        for request in requests:
+            expert = {"expert_index": request.expert} if is_merged else {}
+            manager.add_request(request.prompt, max_new_tokens=request.new_tokens, **expert)
+        answered = 0
+        while answered < len(requests):
+            output = manager.get_result(timeout=600)
+            if output is None or output.error is not None:
+                raise RuntimeError(f"a request failed: {output and output.error}")
+            answered += output.is_finished()
+        return time.perf_counter() - start
+
+
+def serve_in_batches(model: ChannelMergedForCausalLM, requests: list[Request], batch: int) -> float:
+    """Seconds for static mixed batches in the order of arrival, padded on the left."""
+    start = time.perf_counter()
+    for first in range(0, len(requests), batch):
+        together = requests[first : first + batch]
+        length = max(len(request.prompt) for request in together)
+        padding = [length - len(request.prompt) for request in together]
+        model.generate(
+            torch.tensor([[0] * n + request.prompt for n, request in zip(padding, together)], device=model.device),
+            attention_mask=torch.tensor([[0] * n + [1] * (length - n) for n in padding], device=model.device),
+            expert_index=[request.expert for request in together],
+            max_new_tokens=max(request.new_tokens for request in together),
+            do_sample=False,
+            eos_token_id=-1,
+            pad_token_id=0,
+        )
+    synchronize(str(model.device))
+    return time.perf_counter() - start
+
+
+def continuous(setting: Setting, counts: list[int], batch: int = 8) -> Iterator[dict]:
+    """Requests that are there at once, by continuous batching and otherwise."""
+    dense, merged = setting.dense(), setting.merged()
+    for count in counts:
+        requests = random_requests(setting, count)
+        own = [requests[expert :: setting.num_experts] for expert in range(setting.num_experts)]
+        contenders = {
+            "merged": lambda all=requests: serve_continuously(merged, all, True),
+            "static batches": lambda all=requests: serve_in_batches(merged, all, batch),
+            "dense each": lambda own=own: sum(serve_continuously(dense, theirs, False) for theirs in own),
+            "dense whole": lambda all=requests: serve_continuously(dense, all, False),
+        }
+        seconds = {name: [] for name in contenders}
+        for _ in range(setting.repetitions):
+            for name, run in contenders.items():
+                seconds[name].append(run())
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
+        result = {**setting.labels, "requests": count, "prompt": setting.prompt, "new tokens": setting.new_tokens}
+        result["merged tokens/s"] = sum(request.new_tokens for request in requests) / medians["merged"]
+        for name in ("static batches", "dense each", "dense whole"):
+            result[f"merged / {name}"] = medians[name] / medians["merged"]
+        yield {**result, "seconds": [seconds]}
+
+
 TITLES = {
     "one": "One expert against one dense model",
     "mixed": "Mixed batches",
     "serving": "Switching, memory, loading, routing",
     "experts": "Number of experts",
+    "continuous": "Continuous batching",
 }
 
 
@@ -407,6 +494,7 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes of one expert")
     parser.add_argument("--mixed-batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--requests", nargs="+", type=int, default=[32], help="requests of continuous batching")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--mixed-prompt", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
@@ -420,13 +508,14 @@ def main():
         "mixed": lambda setting: mixed_batch(setting, args.mixed_batches),
         "serving": serving,
         "experts": by_number_of_experts,
+        "continuous": lambda setting: continuous(setting, args.requests),
     }
     console = Console(width=200)
     report = {**environment(args.device), **vars(args), "bandwidth_gb_s": bandwidth(args.device) / 1e9}
     for section in args.sections:
         report[section] = []
         for shape, dtype in itertools.product(args.shapes, args.dtypes):
-            prompt = args.mixed_prompt if section == "mixed" else args.prompt
+            prompt = args.mixed_prompt if section in ("mixed", "continuous") else args.prompt
             setting = Setting(
                 shape, getattr(torch, dtype), prompt, args.new_tokens, args.repetitions, args.device,
                 args.num_experts,

@@ -50,7 +50,7 @@ class ActiveExperts:
         if len(counts) == 1:
             return cls(rows[0])
         order = sorted(range(len(rows)), key=rows.__getitem__)
-        order = torch.tensor(order, device=expert_index.device)
+        order = sent(order, expert_index.device)
         return cls(None, expert_index.flatten(), order, counts, packed=packed_shape(expert_index))
 
     @property
@@ -69,6 +69,12 @@ class ActiveExperts:
             return self
         expert_index = kept_tokens(self.expert_index.view(self.packed), logits_to_keep)
         return replace(self, kept=ActiveExperts.mixed(expert_index))
+
+
+def sent(numbers: Sequence[int], device: torch.device) -> torch.LongTensor:
+    """Numbers of the host as an int64 tensor on a device, which is not waited for."""
+    on_host = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
 
 
 def packed_shape(expert_index: torch.LongTensor) -> tuple[int, int] | None:

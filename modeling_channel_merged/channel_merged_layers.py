@@ -272,11 +272,16 @@ class PerExpert(nn.Module):
         super().__init__()
         self.experts = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(num_experts - 1))])
 
+    @property
+    def is_lookup(self) -> bool:
+        """Whether it looks up rows (learned positions), rather than computes."""
+        return isinstance(self.experts[0], nn.Embedding)
+
     def forward(self, *args, **kwargs) -> torch.Tensor:
         active = active_experts()
         if active.expert is not None:
             return self.experts[active.expert](*args, **kwargs)
-        if active.is_grouped and len(args) == 1 and not kwargs and not isinstance(self.experts[0], nn.Embedding):
+        if active.is_grouped and len(args) == 1 and not kwargs and not self.is_lookup:
             call = by_expert(lambda expert, hidden_states: self.experts[expert](hidden_states))
             return split_batch(call, args[0], active)
         return self._select(active, *args, **kwargs)
@@ -288,8 +293,10 @@ class PerExpert(nn.Module):
         batch = len(expert_index)
         if active.packed is not None and outputs.shape[1] != batch:
             outputs = outputs.expand(-1, active.packed[0], *outputs.shape[2:])  # positions that all batch rows share
+            place = 1 if self.is_lookup else token_dimension(args[0], active.packed)
+            outputs = outputs.movedim(place + 1, 2)
             own = outputs.flatten(1, 2)[expert_index, torch.arange(batch, device=outputs.device)]
-            return own.unflatten(0, active.packed)
+            return own.unflatten(0, active.packed).movedim(1, place)
         if outputs.shape[1] == 1:  # positions that all batch rows share
             return outputs[expert_index, 0]
         expert_index = expert_index.repeat_interleave(tokens_of_row(outputs.shape[1], batch, outputs.shape[1:]))
@@ -311,12 +318,30 @@ def split_batch(call, hidden_states: torch.Tensor, active: ActiveExperts) -> tor
     Of a packed batch, the call is given (B * T, *, I).
     """
     leading, batch = hidden_states.shape[0], len(active.expert_index)
-    if active.packed is not None and hidden_states.shape[:2] == active.packed:
-        return call(hidden_states.flatten(0, 1), active).unflatten(0, active.packed)
+    if active.packed is not None and leading != batch:
+        place = token_dimension(hidden_states, active.packed)
+        output = call(hidden_states.movedim(place, 1).flatten(0, 1), active)
+        return output.unflatten(0, active.packed).movedim(1, place)
     if leading == batch:
         return call(hidden_states, active)
     tokens = tokens_of_row(leading, batch, hidden_states.shape)
     return call(hidden_states.unflatten(0, (batch, tokens)), active).flatten(0, 1)
+
+
+def token_dimension(hidden_states: torch.Tensor, packed: tuple[int, int]) -> int:
+    """Which dimension of a packed (B, T, *) counts the tokens: the second, or where it counts heads, the third.
+
+    Where there are as many tokens as heads, the one with larger steps: heads come first only in transposed views.
+
+    Raises:
+        RuntimeError: neither.
+    """
+    shape = hidden_states.shape
+    second = shape[:2] == packed
+    third = len(shape) == 4 and (shape[0], shape[2]) == packed
+    if not (second or third):
+        raise RuntimeError(f"a packed batch of {packed} tokens reached a layer as shape {tuple(shape)}")
+    return 1 if second and not (third and hidden_states.stride(1) < hidden_states.stride(2)) else 2
 
 
 def tokens_of_row(leading: int, batch: int, shape: torch.Size) -> int:

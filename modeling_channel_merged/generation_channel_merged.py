@@ -4,9 +4,8 @@ A cache changes what a call costs, never its text: every call routes its prompts
 that filled the cache are to answer, the cache is emptied and the whole conversation read anew.
 """
 
-import copy
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .expert_batching import ExpertBatchingManager, batch_experts
+from .expert_batching import BatchCall, ExpertBatchingManager, batch_call, check_paged_attention
 from .expert_caches import BatchExperts, check_not_filled, empty_cache, experts_of_cache
 from .expert_stopping import ExpertEosCriteria
 from .model_outputs import RouterOutput
@@ -34,7 +33,7 @@ logger = logging.get_logger(__name__)
 class _Call:
     """What a call of `generate` was told, for the places inside of it that Transformers hands other arguments."""
 
-    router_inputs: dict[str, torch.Tensor] | None = None
+    router_inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # arguments of `route_prompts`
     mask_length: int | None = None  # of the attention mask that the caller gave
     is_assistant: bool = False
     routing: RouterOutput | None = None
@@ -92,7 +91,10 @@ class ExpertGenerationMixin(GenerationMixin):
             kwargs["expert_index"] = expert_index
         call = _Call()
         if router_input_ids is not None:
-            call.router_inputs = {"input_ids": router_input_ids, "attention_mask": router_attention_mask}
+            call.router_inputs = {
+                "router_input_ids": router_input_ids,
+                "router_attention_mask": router_attention_mask,
+            }
         if isinstance(kwargs.get("attention_mask"), torch.Tensor):
             call.mask_length = kwargs["attention_mask"].shape[-1]
         generation_config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
@@ -146,12 +148,10 @@ class ExpertGenerationMixin(GenerationMixin):
             call.routing = RouterOutput(expert_index=self.expert_ids(expert_index, len(inputs), inputs.device))
         elif cached is not None and (call.is_assistant or not (whole or call.router_inputs)):
             call.routing = RouterOutput(expert_index=cached.of_prompts(len(inputs), expand_size))
-        elif call.router_inputs:
-            call.routing = self._route_by(call.router_inputs, inputs)
         else:
             # With inputs_embeds, `generate` hands over empty input_ids.
-            mask = model_kwargs.get("attention_mask")
-            call.routing = self.route(input_ids if embeds is None else None, mask, embeds)
+            mask, ids = model_kwargs.get("attention_mask"), input_ids if embeds is None else None
+            call.routing = self.route_prompts(ids, mask, embeds, **call.router_inputs)
         if cached is not None:
             self._hand_over(cache, cached, call.routing.expert_index.tolist(), expand_size, whole)
         return super()._expand_inputs_for_generation(
@@ -171,9 +171,19 @@ class ExpertGenerationMixin(GenerationMixin):
         logger.info("Other experts answer than those that filled past_key_values: it is emptied and filled anew.")
         empty_cache(cache)
 
-    def _route_by(self, router_inputs: dict[str, torch.Tensor], prompts: torch.Tensor) -> RouterOutput:
-        """Route each of the (B, ...) prompts by the router's own inputs."""
-        input_ids, attention_mask = router_inputs["input_ids"], router_inputs["attention_mask"]
+    def route_prompts(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        router_input_ids: torch.LongTensor | None = None,
+        router_attention_mask: torch.Tensor | None = None,
+    ) -> RouterOutput:
+        """Route B prompts as `generate` does: by themselves, or by the router's own inputs, as given to `generate`."""
+        if router_input_ids is None:
+            return self.route(input_ids, attention_mask, inputs_embeds)
+        prompts = input_ids if inputs_embeds is None else inputs_embeds
+        input_ids, attention_mask = router_input_ids, router_attention_mask
         if input_ids.dim() != 2 or len(input_ids) != len(prompts):
             raise ValueError(
                 f"router_input_ids has the shape {tuple(input_ids.shape)}, expected (B, S) for {len(prompts)} prompts"
@@ -228,10 +238,18 @@ class ExpertGenerationMixin(GenerationMixin):
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         **kwargs,
     ) -> ExpertBatchingManager:
-        """As in Transformers; each request of the manager has its own expert. See expert_batching.py."""
+        """As in Transformers; each request of the manager has its own expert. See expert_batching.py.
+
+        `generation_config` is completed as by `generate`.
+
+        Raises:
+            ValueError: an attention implementation that cannot be packed, or that routing cannot run beside.
+        """
+        check_paged_attention(self)
+        lengths = (generation_config and generation_config.max_length, self.generation_config.max_length)
         generation_config, _ = self._prepare_generation_config(generation_config)
-        continuous_batching_config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
-        continuous_batching_config.allow_block_sharing = False  # blocks are found by their tokens, whoever wrote them
+        if generation_config.max_new_tokens is None and not any(lengths):
+            generation_config.max_new_tokens = generation_config.max_length
         manager = super().init_continuous_batching(generation_config, continuous_batching_config, **kwargs)
         manager.__class__ = ExpertBatchingManager  # Transformers makes its own
         return manager
@@ -240,8 +258,12 @@ class ExpertGenerationMixin(GenerationMixin):
         """As in Transformers; each prompt is answered by one expert, `expert_index` as in `generate`."""
         if expert_index is not None:
             expert_index = self.expert_ids(expert_index, len(inputs)).tolist()
-        token = batch_experts.set(expert_index)
+        call = BatchCall(expert_index)
+        token = batch_call.set(call)
         try:
-            return super().generate_batch(inputs, *args, **kwargs)
+            outputs = super().generate_batch(inputs, *args, **kwargs)
         finally:
-            batch_experts.reset(token)
+            batch_call.reset(token)
+        if call.error is not None:
+            raise call.error
+        return outputs

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
-from transformers.cli.serving.utils import CBGenerateManager, GenerationState, _StreamError
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.cli.serving.utils import CBGenerateManager, CBWorkerDeadError, GenerationState, _StreamError
 from transformers.generation.continuous_batching.requests import GenerationOutput
 from transformers.generation.continuous_batching.utils import drain_queue
 
@@ -15,6 +13,8 @@ from conversion.serving.model_manager import Question
 from conversion.serving.sampling import request_processors
 from conversion.vocabulary.expert_tokenizer import until_end
 
+# On a CPU, whose memory is not the server's alone: Transformers would fill more than half of it.
+CPU_CACHE_TOKENS = 16_384
 CPU_BATCH_TOKENS = 1024  # of a step: more only make a single prompt hold up the others
 
 
@@ -102,18 +102,25 @@ class ExpertGenerateManager(CBGenerateManager):
         if self._cb is not None:
             return
         config = GenerationConfig.from_dict({**gen_config.to_dict(), "do_sample": False})
-        cb: ContinuousBatchingManager = model.init_continuous_batching(
-            generation_config=config, continuous_batching_config=self._cb_config
-        )
+        cb = model.init_continuous_batching(generation_config=config, continuous_batching_config=self._cb_config)
         cb.logit_processor = request_processors(cb.logit_processor, model.config.vocab_size)
-        cb.warmup()  # also makes the cache, whose size limits a request
+        cb.warmup()
         cb.start()
         self._cb = cb
 
     @property
     def max_request_tokens(self) -> int:
         """The most tokens that one request can have, its answer included."""
-        return infer_max_single_request_tokens(self._cb.batch_processor.cache)
+        return self._cb.max_request_tokens
+
+    def is_alive(self) -> bool:
+        """Whether requests are answered; not from the moment on at which the model failed."""
+        return self._cb is None or self._cb.background_thread_status.can_accept_new_requests() is None
+
+    def check_alive(self) -> None:
+        """CBWorkerDeadError where requests are not answered any more."""
+        if not self.is_alive():
+            raise CBWorkerDeadError("generation has failed and stopped: the server must be started anew")
 
     def generate_streaming(self, model, processor: Question, inputs, gen_config, request_id, response_parser=None):
         stream = self._start(processor, inputs, gen_config, request_id, streaming=True)
@@ -125,7 +132,7 @@ class ExpertGenerateManager(CBGenerateManager):
         try:
             while (piece := await stream.queue.get()) is not None:
                 if isinstance(piece, _StreamError):
-                    self._check_alive(request_id)
+                    self.check_alive()
                     raise RuntimeError(f"{request_id} failed: {piece.msg}")
                 text += piece
         except asyncio.CancelledError:
@@ -137,7 +144,6 @@ class ExpertGenerateManager(CBGenerateManager):
         self, question: Question, inputs: dict[str, Any], limits: GenerationConfig, request_id: str, streaming: bool
     ) -> AnswerStream:
         """Begin an answer; `inputs` are the request's own arguments of continuous batching."""
-        self._check_alive(request_id)
         cb = self._cb
 
         def cancel() -> None:
@@ -170,7 +176,8 @@ class ExpertGenerationState(GenerationState):
     """`GenerationState` of one model, whose continuous batching runs from the start.
 
     Args:
-        cache_tokens: tokens of all running requests together whose keys and values are kept; None: as many as fit.
+        cache_tokens: tokens of all running requests together whose keys and values are kept; None: CPU_CACHE_TOKENS
+            on a CPU, elsewhere as many as fit.
 
     Raises:
         ValueError: the cache does not fit into memory.
@@ -178,10 +185,11 @@ class ExpertGenerationState(GenerationState):
 
     def __init__(self, model: PreTrainedModel, cache_tokens: int | None = None):
         config = ContinuousBatchingConfig()
-        if cache_tokens is not None:
-            config.num_blocks = -(-cache_tokens // config.page_size)
         if model.device.type == "cpu":
             config.max_batch_tokens = CPU_BATCH_TOKENS
+            cache_tokens = cache_tokens or CPU_CACHE_TOKENS
+        if cache_tokens is not None:
+            config.num_blocks = -(-cache_tokens // config.page_size)
         super().__init__(continuous_batching=True, cb_config=config)
         self._cb_manager = ExpertGenerateManager(config)
         try:

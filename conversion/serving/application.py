@@ -3,6 +3,7 @@
 import asyncio
 import json
 import secrets
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -139,15 +140,14 @@ class Gate:
             return unread.pop() if unread else await asyncio.shield(gone)
 
         running = asyncio.ensure_future(self.app(scope, replay, send))
-        try:
+        # Cancelled are the requests that are there when the server's grace is over: no fault to be logged.
+        with suppress(asyncio.CancelledError):
             await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            gone.cancel()
-            if not running.done():
-                running.cancel()
-        await asyncio.wait({running})
-        if not running.cancelled():
-            running.result()
+        gone.cancel()
+        if not running.done():
+            running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
 
 
 async def refuse(send: Any, status: int, message: str, code: str) -> None:

@@ -31,6 +31,14 @@ logger = logging.getLogger(__name__)
 SAMPLING_FIELDS = ("model", "seed", "stream", "temperature", "top_p")
 
 
+class EventStream(StreamingResponse):
+    """A stream that is closed, and so its answer given up, as soon as nobody is sent more of it."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with aclosing(self.body_iterator):
+            await super().__call__(scope, receive, send)
+
+
 class ExpertHandler:
     """What both endpoints share. A mixin before a handler of Transformers, whose answers it completes.
 
@@ -72,6 +80,8 @@ class ExpertHandler:
             "" if question.probability is None else f", probability {question.probability:.3f}",
         )
         seed = fields.get("seed", random.getrandbits(63))
+        gen_manager = self.generation_state.get_manager()
+        gen_manager.check_alive()
         arguments = {
             "request_id": request_id,
             "model": self.model_manager.model,
@@ -83,16 +93,14 @@ class ExpertHandler:
                 **sampling_arguments(limits, seed),
             },
             "gen_config": limits,
-            "gen_manager": self.generation_state.get_manager(),
+            "gen_manager": gen_manager,
             **self.more_arguments(body),
         }
         if not fields.get("stream"):
             answer = await self._non_streaming(**arguments)
             content = self.completed(json.loads(answer.body), question, limits)
             return JSONResponse(content, headers=question.headers)
-        answer = self._streaming(**arguments)
-        events = self._events(answer.body_iterator, question, limits)
-        return StreamingResponse(events, media_type=answer.media_type, headers=question.headers)
+        return EventStream(self._events(arguments), media_type="text/event-stream", headers=question.headers)
 
     def more_arguments(self, body: dict[str, Any]) -> dict[str, Any]:
         """What the endpoint's handler takes beside the arguments of all."""
@@ -102,10 +110,10 @@ class ExpertHandler:
         """An answer, or one event of a stream, with what the handlers of Transformers leave out."""
         raise NotImplementedError
 
-    async def _events(
-        self, parts: AsyncIterator[str], question: Question, limits: GenerationConfig
-    ) -> AsyncIterator[str]:
-        async with aclosing(parts):
+    async def _events(self, arguments: dict[str, Any]) -> AsyncIterator[str]:
+        """The events of a stream. The answer begins with the first: before it, there is nothing to give up."""
+        question, limits = arguments["processor"], arguments["gen_config"]
+        async with aclosing(self._streaming(**arguments).body_iterator) as parts:
             async for part in parts:
                 events = [json.loads(event.removeprefix("data: ")) for event in part.split("\n\n") if event]
                 yield "".join(

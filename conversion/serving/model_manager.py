@@ -1,5 +1,6 @@
 """The checkpoint that is served: loaded once, its names as models, and each request's expert and prompt."""
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,9 @@ class MergedModelManager(ModelManager):
             RequestError: no such model, or messages that the expert's chat template does not take.
         """
         expert = self.expert_of(model)
-        # In a thread of its own, one after the other: answers go on being streamed meanwhile.
-        return await self._thread.async_submit(self._question, expert, with_valid_text(messages))
+        # In a thread of its own, one after the other: answers go on being streamed meanwhile. It finishes also what a
+        # client does not wait for.
+        return await asyncio.shield(self._thread.async_submit(self._question, expert, with_valid_text(messages)))
 
     def _question(self, expert: str | None, messages: list[dict[str, str]]) -> Question:
         probability = fallback = None

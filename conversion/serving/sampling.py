@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.continuous_batching.requests import FutureRequestState
 
-MIN_TEMPERATURE = 1e-3  # so near to greedy that nobody can tell, so far from 0 that scores stay finite
+MIN_TEMPERATURE = 1e-5  # so near to greedy that nobody can tell, so far from 0 that scores stay finite
 
 
 def request_processors(

@@ -54,8 +54,8 @@ def checkpoint(tmp_path_factory) -> Path:
         eos_token_id=1,
         pad_token_id=0,
     )
-    # Every fourth token ends the answers of code.
-    ends = {"math": [1], "code": list(range(1, len(vocabulary), 4)), "chinese": [1]}
+    # Every fourth token ends the answers of code, none those of math.
+    ends = {"math": [], "code": list(range(1, len(vocabulary), 4)), "chinese": [1]}
     config = ChannelMergedConfig(
         text_config=text_config, expert_names=list(EXPERTS), router={"max_tokens": 40}, expert_eos_token_ids=ends
     )
@@ -64,8 +64,8 @@ def checkpoint(tmp_path_factory) -> Path:
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
     for name, buffer in model.named_buffers():
-        if name.endswith("channel_index"):  # any row for any channel
-            buffer.copy_(torch.randint(0, int(buffer.max()) + 1, buffer.shape))
+        if name.endswith("channel_index"):  # the same rows for all, each in an order of its own
+            buffer.copy_(torch.stack([torch.randperm(buffer.shape[1]) for _ in buffer]))
     model.generation_config.eos_token_id = sorted({token for tokens in ends.values() for token in tokens})
     model.save_pretrained(folder)
     return folder
@@ -97,9 +97,9 @@ class Served:
 
 
 @contextmanager
-def serving(checkpoint: Path, grace: int | None = None, **options) -> Iterator[Served]:
+def serving(checkpoint: Path, grace: int | None = None, cache_tokens: int = 8192, **options) -> Iterator[Served]:
     manager = MergedModelManager(checkpoint, "cpu")
-    state = ExpertGenerationState(manager.model, cache_tokens=8192)
+    state = ExpertGenerationState(manager.model, cache_tokens)
     application = build_application(
         manager, state, **{"max_tokens": 1500, "max_body": 20_000, "api_key": API_KEY, **options}
     )

@@ -43,5 +43,5 @@ def test_greedy_rows_are_left_as_they_are():
 def test_what_a_request_says_of_its_sampling():
     assert sampling_arguments(GenerationConfig(do_sample=False, temperature=0.5), 3) == {}
     config = GenerationConfig(do_sample=True, temperature=1e-30, top_p=0.5, top_k=4)
-    assert sampling_arguments(config, 3) == {"seed": 3, "temperature": 1e-3, "top_p": 0.5, "top_k": 4}
+    assert sampling_arguments(config, 3) == {"seed": 3, "temperature": 1e-5, "top_p": 0.5, "top_k": 4}
     assert sampling_arguments(GenerationConfig(do_sample=True), 3) == {"seed": 3, "temperature": 1.0}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conversion.router.choices import choose_experts
+from conversion.serving.answers import CPU_CACHE_TOKENS, ExpertGenerationState
 from conversion.vocabulary.expert_tokenizer import end_of_answer, until_end
 from conversion.vocabulary.prompts import encode_prompts, router_queries
 
@@ -183,6 +184,20 @@ def test_a_seed_gives_the_same_answer_in_any_company(client):
     assert len({ask({"temperature": 1}) for _ in range(3)}) > 1
 
 
+def test_what_a_request_leaves_out_is_as_the_checkpoint_has_it(served, client, monkeypatch):
+    """One whose generation config samples does so, with its temperature and top-k; 0 is greedy even then."""
+    defaults = {"do_sample": True, "temperature": 0.8, "top_k": 3}
+    asked = {"model": "math", "messages": user("x"), "max_tokens": 20, "seed": 5}
+    greedy = client.chat.completions.create(**asked).choices[0].message.content
+    hot = client.chat.completions.create(**asked, temperature=0.8).choices[0].message.content
+    for name, value in defaults.items():
+        monkeypatch.setattr(served.manager.model.generation_config, name, value)
+    few = client.chat.completions.create(**asked).choices[0].message.content
+    assert len({greedy, hot, few}) == 3
+    assert client.chat.completions.create(**asked, temperature=0.8).choices[0].message.content == few
+    assert client.chat.completions.create(**asked, temperature=0).choices[0].message.content == greedy
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_an_answer_ends_before_a_stop_string(served, client, stream):
     """Wherever it stands, also across pieces; nothing of it is sent, and its place in the batch is free at once."""
@@ -267,7 +282,8 @@ def test_a_request_that_cannot_be_answered(served, client, case):
 
 
 @pytest.mark.parametrize(
-    "given", [None, 5, [], [5], [{"type": "function_call"}], [{"type": "file", "x": 1}], [{"role": "user"}]]
+    "given",
+    [None, 5, [], [5], [{"type": "function_call"}], [{"type": "file", "x": 1}], [{"role": "user", "content": 5}]],
 )
 def test_input_that_is_no_conversation(client, given):
     with pytest.raises(openai.APIStatusError, match="input") as refused:
@@ -336,7 +352,7 @@ def test_paths_that_are_not_there(served):
 
 def test_the_key(served):
     """Without it nothing is answered but the health."""
-    for key in ("another key", "a key "):
+    for key in ("another key", "a keys"):
         with served.client(api_key=key) as client:
             with pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"):
                 client.models.list()
@@ -377,6 +393,25 @@ def test_a_client_that_does_not_wait_frees_its_place(served, cancelled, path):
             time.sleep(0.01)
     served.wait_until_idle()
     assert len(cancelled) == 1
+
+
+def test_clients_that_leave_at_any_moment_leave_nothing_behind(served, cancelled, monkeypatch):
+    """Streams whose clients go before the first piece, or around it: what is begun is cancelled."""
+    cb, begun = served.state.get_manager()._cb, []
+    add = cb.add_request
+    monkeypatch.setattr(cb, "add_request", lambda **asked: (begun.append(asked["request_id"]), add(**asked)))
+    asked = {"model": "math", "messages": user("x"), "max_tokens": 1500, "stream": True}
+    body = json.dumps(asked).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{KEY}\r\n"
+    port = int(served.url.rpartition(":")[2])
+    for moment in range(30):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            time.sleep(moment / 1000)
+    with served.client() as client:  # behind all of them in the line of those that are to be routed
+        client.chat.completions.create(model="math", messages=user("x"), max_tokens=1)
+    served.wait_until_idle()
+    assert begun[-1] not in cancelled and set(begun[:-1]) == set(cancelled)
 
 
 def test_clients_that_leave_do_not_change_the_answers_of_others(served, client):
@@ -425,8 +460,27 @@ def test_a_fault_of_the_model_is_said_to_everyone(checkpoint, serving, monkeypat
         monkeypatch.setattr(served.manager.model.model, "forward", fail)
         with pytest.raises(openai.APIStatusError) as failed:
             client.chat.completions.create(model="math", messages=user("x"))
-        assert failed.value.status_code >= 500 and failed.value.type == "server_error"
+        assert failed.value.status_code == 503 and failed.value.type == "server_error"
         with pytest.raises(openai.APIStatusError) as failed:
             client.chat.completions.create(model="math", messages=user("x"), stream=True)
         assert failed.value.status_code == 503
         assert raw_request(served, b"", method="GET", path="/health")[0] == 503
+
+
+def test_the_cache_of_keys_and_values_limits_a_conversation(checkpoint, serving):
+    """One that could never run is refused; it would end all others."""
+    with serving(checkpoint, cache_tokens=300) as served, served.client() as client:
+        room = served.state.get_manager().max_request_tokens
+        assert 300 <= room < 2048
+        with pytest.raises(openai.BadRequestError, match=f"this server takes {room} together"):
+            client.chat.completions.create(model="math", messages=user("x" * 100), max_tokens=room)
+        answer = client.chat.completions.create(model="math", messages=user("x" * 100))
+        assert answer.usage.total_tokens == room and answer.choices[0].finish_reason == "length"
+
+
+def test_a_cache_on_a_cpu_leaves_memory_to_others(served):
+    state = ExpertGenerationState(served.manager.model)
+    try:
+        assert CPU_CACHE_TOKENS <= state.get_manager().max_request_tokens < 2 * CPU_CACHE_TOKENS
+    finally:
+        state.shutdown()
