@@ -49,6 +49,14 @@ def check_engine(vllm_config: VllmConfig):
         raise ValueError(
             f"quantization is {vllm_config.model_config.quantization!r}, but the vLLM plugin serves float rows only"
         )
+    model_config = vllm_config.model_config
+    for option, is_set in (
+        ("--runner", model_config.runner_type != "generate"),
+        ("--enable-prompt-embeds", model_config.enable_prompt_embeds),
+        ("--speculative-config", vllm_config.speculative_config is not None),
+    ):
+        if is_set:
+            raise ValueError(f"{option} is set, but the vLLM plugin only generates, from token ids: leave it out")
     lora = vllm_config.lora_config
     if lora is None:
         raise ValueError(
