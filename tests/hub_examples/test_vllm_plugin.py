@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # ranks have their processes all the same
     "VLLM_NO_USAGE_STATS": "1",
 }
 EXPERTS = ["e0", "e1", "e2", "e3"]
