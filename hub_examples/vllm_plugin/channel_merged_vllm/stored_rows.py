@@ -60,9 +60,9 @@ class RankLinear(ChannelMergedLinear):
             super().__init__(in_features, out_features, num_rows, num_experts, bias)
         self.channels, self.inputs, self.adds_up, self.holds_bias = channels, inputs, adds_up, holds_bias
 
-    def fill(self, channel_index: torch.Tensor, tensors: dict[str, torch.Tensor], like: torch.Tensor):
-        """Take this rank's own of the stored index (N, O), `weight` (R, I) and, where rows have one, `bias` (R,)."""
-        kept, index = read_rows(own_channels(channel_index, self.channels))
+    def fill(self, tensors: dict[str, torch.Tensor], like: torch.Tensor):
+        """Take this rank's own of the stored `channel_index` (N, O), `weight` (R, I) and, if there, `bias` (R,)."""
+        kept, index = read_rows(own_channels(tensors["channel_index"], self.channels))
         self.rows.weight = parameter(tensors["weight"][kept][:, self.inputs], like)
         if self.rows.bias is not None:
             bias = tensors["bias"][kept]
@@ -98,19 +98,20 @@ class RankEmbedding(ChannelMergedEmbedding):
             super().__init__(nn.Embedding(num_tokens, hidden_size), num_rows, num_experts)
         self.tokens, self.is_whole = tokens, tokens == slice(0, num_tokens)
 
-    def fill(self, channel_index: torch.Tensor, tensors: dict[str, torch.Tensor], like: torch.Tensor):
-        """As `RankLinear.fill`."""
-        self.kept, index = read_rows(channel_index[:, self.tokens])
-        self.rows.weight = parameter(tensors["weight"][self.kept], like)
+    def fill(self, tensors: dict[str, torch.Tensor], like: torch.Tensor, tied_head: RankLinear | None = None):
+        """As `RankLinear.fill`; a tied head, whose index is `head_index`, reads the same rows."""
+        own = tensors["channel_index"][:, self.tokens]
+        tokens = own.shape[1]
+        if tied_head is not None:
+            own = torch.cat([own, own_channels(tensors["head_index"], tied_head.channels)], dim=1)
+        kept, index = read_rows(own)
+        self.rows.weight = parameter(tensors["weight"][kept], like)
         self.rows.num_embeddings = len(self.rows.weight)
-        self.channel_index = index.to(like.device)
-
-    def tie(self, head: RankLinear, channel_index: torch.Tensor):
-        """Let `head` read these rows by its own stored index (N, O)."""
-        index = own_channels(channel_index, head.channels)
-        places = torch.searchsorted(self.kept, index.long().clamp(min=0)).to(index.dtype)
-        head.rows.weight = self.rows.weight
-        head.read_by(torch.where(index < 0, index, places).to(self.channel_index.device))
+        index = index.to(like.device)
+        self.channel_index = index[:, :tokens].contiguous()
+        if tied_head is not None:
+            tied_head.rows.weight = self.rows.weight
+            tied_head.read_by(index[:, tokens:].contiguous())
 
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """(T,) token ids -> (T, H)."""

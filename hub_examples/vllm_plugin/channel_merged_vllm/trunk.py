@@ -4,7 +4,7 @@ import re
 
 from transformers import AutoConfig
 
-from modeling_channel_merged import ChannelMergedConfig, ChannelMergedModel
+from modeling_channel_merged import ChannelMergedConfig, ChannelMergedForCausalLM, ChannelMergedModel
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -30,6 +30,8 @@ def is_in_trunk(path: str, layers: int) -> bool:
 
 class RouterTrunk(ChannelMergedModel):
     """`RouterTrunk.from_pretrained(checkpoint, config=trunk_config(checkpoint))` routes as the whole model does."""
+
+    router_inputs = ChannelMergedForCausalLM.router_inputs
 
     def _build_inner(self, inner):
         inner = super()._build_inner(inner)
