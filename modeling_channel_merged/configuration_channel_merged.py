@@ -4,8 +4,12 @@ import operator
 from itertools import pairwise
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+try:
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError:  # Transformers before 5.20
+    SubConfigSpec = None
 
 # Version 1 may leave out `router.features`: its first routers, which named none, read the trunk alone.
 FORMAT_VERSION = 2
@@ -50,7 +54,10 @@ class ChannelMergedConfig(PreTrainedConfig):
 
     model_type = "channel_merged"
     keys_to_ignore_at_inference = ["past_key_values", "expert_index"]
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    if SubConfigSpec is None:
+        sub_configs = {"text_config": AutoConfig}
+    else:
+        sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
     text_config: dict | PreTrainedConfig | None = None
     expert_names: list[str] | None = None
@@ -68,6 +75,9 @@ class ChannelMergedConfig(PreTrainedConfig):
         layers = text_config.get("num_hidden_layers") or 0
         if isinstance(layers, int) and layers > MAX_LAYERS:  # before as many are listed
             raise ValueError(f"text_config.num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
+        if SubConfigSpec is None and not isinstance(self.text_config, PreTrainedConfig):
+            values = {"model_type": "llama", **(self.text_config or {})}
+            self.text_config = CONFIG_MAPPING[values["model_type"]](**values)
         super().__post_init__(**kwargs)
         if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
