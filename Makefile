@@ -5,15 +5,19 @@ PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python
 DEMO_VENV := .venv-demo
 TEST_VENV := .venv-test
 VLLM_VENV := .venv-vllm
+OLDEST_VENV := .venv-oldest
+OLDEST_TESTS := $(addprefix tests/,modeling_channel_merged/test_saving_and_loading.py \
+	modeling_channel_merged/test_configuration_channel_merged.py conversion/test_generate.py conversion/test_export.py)
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quantized test-vllm lint format clean bench bench-conversion bench-quality bench-quality-real
+.PHONY: help demo test test-oldest test-quantized test-vllm lint format clean bench bench-conversion bench-quality bench-quality-real
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
 	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (20 minutes alone)'
+	@echo 'make test-oldest   a few tests with the oldest Transformers that works, and the syntax of each Python at hand'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
@@ -27,6 +31,13 @@ demo: $(DEMO_VENV)/installed
 # One thread a worker: the models are tiny, and the workers share the cores.
 test: $(TEST_VENV)/installed
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+
+# What a model goes through: made, saved, loaded, routed, generating. And each Python that is at hand reads every file.
+test-oldest: $(OLDEST_VENV)/installed
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS)
+	for version in 3.10 3.11 3.12 3.13; do export PYENV_VERSION=$$version; \
+		if python$$version --version 2>/dev/null; then PYTHONPYCACHEPREFIX=$(OLDEST_VENV)/pycache \
+			python$$version -m compileall -q -f conversion modeling_channel_merged hub_examples tests || exit 1; fi; done
 
 # torchao lies beside the environment: Transformers imports it wherever it finds it, and it prints lines at import.
 test-quantized: $(TEST_VENV)/installed
@@ -65,7 +76,7 @@ format: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(DEMO_VENV) $(TEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(DEMO_VENV) $(TEST_VENV) $(OLDEST_VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis dist
 
 # torch comes first and by its pinned version: left to the resolver, it and its companions can be fetched twice.
 define install
@@ -88,4 +99,15 @@ $(VLLM_VENV)/installed: pyproject.toml $(addprefix hub_examples/vllm_plugin/,pyp
 	$(@D)/bin/python -m pip install --quiet --no-deps --editable . --editable hub_examples/vllm_plugin
 	touch $@
 
+# What comes with Transformers must be as old as it asks for.
+$(OLDEST_VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt \
+		transformers==$(OLDEST_TRANSFORMERS) --editable . 'pytest>=8.3' 'triton>=3.2'
+	touch $@
+
 comma := ,
+# "transformers>=5.16,<6" of pyproject.toml gives 5.16.0
+OLDEST_TRANSFORMERS = $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1.0/p' pyproject.toml)

@@ -30,6 +30,7 @@ from conversion.io.staged_folder import FILE_LIST
 from conversion.merging.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 600  # seconds: far more than anything here takes
 TOKEN = "hf_of_this_test"
 LARGE = (".safetensors", ".bin", ".png")  # else a file is a part of the commit
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -115,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             if fault == "hold":
                 self.hub.held.set()
-                self.hub.released.wait(60)
+                self.hub.released.wait(PATIENCE)
             return None
         body = self.rfile.read(length)
         if fault is not None:
@@ -274,16 +275,16 @@ def client(hub, tmp_path):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / home), "HF_TOKEN": TOKEN}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+        command, pipes = [sys.executable, *arguments], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes))
+        return started[-1]
 
-    return start
+    started = []
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close(), process.stderr.close()
 
 
 @pytest.fixture
@@ -292,7 +293,7 @@ def run(client):
 
     def to_the_end(*arguments: str, **options) -> tuple[int, str, str]:
         process = client(*arguments, **options)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, output, errors
 
     return to_the_end
@@ -412,9 +413,9 @@ def test_a_push_that_failed_goes_on_with_what_is_missing(hub, run, merged):
 def test_ctrl_c_commits_nothing(hub, client, merged):
     hub.faults = {"POST /api/models/me/merged/commit": ["hold"]}
     process = client("-m", "conversion", "push", str(merged), "me/merged")
-    assert hub.held.wait(60)
+    assert hub.held.wait(PATIENCE)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert errors.splitlines()[-2:] == [
         "WARNING: the same command goes on with what me/merged does not have yet",
