@@ -109,7 +109,7 @@ def routed(tmp_path_factory) -> Path:
     write_files(folder)
     recipe = ROOT / "hub_examples" / "tiny_experts" / "recipes" / "average.yaml"
     convert(recipe, folder / "merged", progress=False)
-    options = ("--max-steps", "20", "--style-queries", "0", "--disable-tqdm", "true", "--use-cpu", "true")
+    options = ("--max-steps", "20", "--disable-tqdm", "true", "--use-cpu", "true")
     data = ("--train-data", str(folder / "queries.jsonl"), "--eval-data", str(folder / "queries.jsonl"))
     train_router(["--checkpoint", str(folder / "merged"), "--output-dir", str(folder / "routed"), *data, *options])
     return folder / "routed"

@@ -43,7 +43,7 @@ def arguments(request, run, recipe, router_rows, write_jsonl, stored, tmp_path):
         options = ("--recipe", recipe, "--max-steps", 6, "--eval-steps", 3, "--save-steps", 3, "--use-cpu", "true")
         return ["refine", tmp_path / "merged-of-two", "--output-dir", "OUT", *options, "--disable-tqdm", "true"]
     train, evaluation = (write_jsonl(tmp_path / f"{seed}.jsonl", router_rows(30, seed)) for seed in (0, 1))
-    options = ("--max-steps", "9", "--style-queries", "0", "--disable-tqdm", "true", "--use-cpu", "true", *SAVING)
+    options = ("--max-steps", "9", "--disable-tqdm", "true", "--use-cpu", "true", *SAVING)
     return [
         "train-router",
         stored.folder,

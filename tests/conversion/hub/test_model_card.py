@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from conversion.convert import convert
 from conversion.export import export_expert
 from conversion.io.sources import Source, input_files
-from conversion.merging import plan as plan_module
+from conversion.merging import places
 from conversion.merging.recipe import parse_recipe
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -41,12 +41,12 @@ def card_of(make_experts, write_recipe, tmp_path, monkeypatch):
             for expert in recipe["experts"]:
                 expert["model"] = f"user/{expert['name']}@main"
             monkeypatch.setattr(
-                plan_module,
+                places,
                 "find_source",
                 lambda name, model, _: Source(name, model, REVISION, folders[model.partition("@")[0]]),
             )
             monkeypatch.setattr(
-                plan_module, "with_weights", lambda source: replace(source, files=input_files(source.folder))
+                places, "with_weights", lambda source: replace(source, files=input_files(source.folder))
             )
         convert(parse_recipe(recipe), tmp_path / "out", progress=False)
         return ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False)

@@ -147,7 +147,7 @@ def test_markers_are_kept_where_experts_are_added_and_routers_trained(llama, tmp
     train_router(
         [
             *("--checkpoint", str(out), "--train-data", str(data), "--output-dir", str(tmp_path / "routed")),
-            *("--style-queries", "0", "--disable-tqdm", "true", "--use-cpu", "--num-train-epochs", "1"),
+            *("--disable-tqdm", "true", "--use-cpu", "--num-train-epochs", "1"),
         ]
     )
     assert ChannelMergedConfig.from_pretrained(tmp_path / "routed").router["turns"] == turns
