@@ -282,11 +282,14 @@ class TensorParallelMixin:
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
         """Part of loading: what cannot be split is refused before any weights are read."""
-        if distributed_config.tp_size > 1:
-            for name in ("fsdp_size", "dp_replicate_size", "pp_size"):
+        tp_size, pp_size = distributed_config.tp_size, distributed_config.pp_size
+        if pp_size > 1:
+            raise ValueError(f'pp_size is {pp_size}, expected 1: split the blocks with device_map="auto"')
+        if tp_size > 1:
+            for name in ("fsdp_size", "dp_replicate_size"):
                 if (value := getattr(distributed_config, name, None) or 1) > 1:
                     raise ValueError(f"{name} is {value} beside tp_size, expected one way to split the model")
-            check_styles(model, model.channel_styles, distributed_config.tp_size)
+            check_styles(model, model.channel_styles, tp_size)
         return super().maybe_distribute_model(model, distributed_config, mesh_manager)
 
     def plan_channels(self):

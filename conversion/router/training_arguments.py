@@ -32,6 +32,8 @@ def parse_arguments(arguments: list[str]) -> tuple[RouterArguments, RouterTraini
     router_arguments, training_arguments = parse_dataclasses(arguments, RouterArguments, RouterTrainingArguments)
     if (length := router_arguments.max_length) is not None and length < 1:
         raise ValueError(f"max_length is {length}, expected at least 1")
+    if training_arguments.fsdp:
+        raise ValueError("fsdp shards what trains, which is the router alone, small and saved whole: leave fsdp out")
     if (threshold := router_arguments.threshold) is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is {threshold}, expected a probability in [0, 1]")
     return router_arguments, training_arguments

@@ -72,7 +72,7 @@ def test_two_processes_answer_as_one(tmp_path, torchrun):
         (GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=99), {}, "no tensor-parallel plan for 'gpt2'"),
         (CONFIGS["llama"](), {"tp_size": 64}, r"embed_tokens cannot give each process some of its 99 channels"),
         (CONFIGS["llama"](), {"fsdp_size": 2}, "fsdp_size is 2 beside tp_size"),
-        (CONFIGS["llama"](), {"pp_size": 2}, "pp_size is 2 beside tp_size"),
+        (CONFIGS["llama"](), {"tp_size": 1, "pp_size": 2}, "pp_size is 2, expected 1"),
     ],
     ids=["gpt2", "small", "fsdp", "pipeline"],
 )

@@ -28,6 +28,7 @@ REQUIRED = ["--checkpoint", "merged", "--train-data", "train.jsonl"]
         ([*REQUIRED, "--output-dir", "out", "--learning-rat", "1"], "unknown arguments: --learning-rat 1"),
         ([*REQUIRED, "--output-dir", "out", "--max-length", "0"], "max_length is 0"),
         ([*REQUIRED, "--output-dir", "out", "--threshold", "1.5"], "threshold is 1.5, expected a probability"),
+        ([*REQUIRED, "--output-dir", "out", "--fsdp"], "fsdp shards what trains, which is the router alone"),
         ([*REQUIRED, "--output-dir", "out", "--learning-rate", "fast"], "invalid float value: 'fast'"),
     ],
 )
