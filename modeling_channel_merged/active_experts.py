@@ -116,8 +116,8 @@ def active_experts() -> ActiveExperts:
     active = active_or_none()
     if active is None:
         raise RuntimeError(
-            "a channel-merged module was called outside of its model: call the ChannelMerged model, or wrap the call "
-            "in `activate(ActiveExperts(expert))`. Where a block is recomputed in the backward pass, let "
-            "model.gradient_checkpointing_enable() do it: other checkpointing does not know the experts"
+            "a channel-merged module was called outside of its model, and so for no expert: call the model, or for "
+            "token embeddings model.embed(input_ids, expert_index=...). Where a block is recomputed in the backward "
+            "pass, let model.gradient_checkpointing_enable() do it: other checkpointing does not know the experts"
         )
     return active

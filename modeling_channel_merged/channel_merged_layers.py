@@ -68,9 +68,15 @@ class ChannelIndexed(nn.Module):
         """Raise ValueError if an entry of `channel_index` names no stored row; see `check_index_values`."""
         check_index_values(name, self.channel_index, self.num_rows, may_miss)
 
+    def reset_channel_index(self):
+        """Back to that of a model that is not loaded, in place of whatever `to_empty` left."""
+        num_channels = self.channel_index.shape[1]
+        index = initial_channel_index(self.num_experts, num_channels, self.num_rows)
+        self.channel_index = index.to(self.channel_index.device)
+
     @property
     def weight(self) -> torch.Tensor:
-        """The stored rows (R, I), in row order."""
+        """The stored rows (R, I), in row order: not in the order of channels or tokens of any expert."""
         return self.rows.weight
 
     @property
@@ -251,6 +257,14 @@ class ChannelMergedEmbedding(ChannelIndexed):
     @property
     def num_rows(self) -> int:
         return self.rows.num_embeddings
+
+    @property
+    def infeatures(self) -> int:
+        """Asked for by PEFT alone, where it is to train some tokens of an embedding or to adapt it as a whole."""
+        raise ValueError(
+            "trainable tokens and adapters of the token embedding (PEFT) would change stored rows, which experts "
+            "share and which are not in the order of tokens: train one expert by adapt_expert, or export it"
+        )
 
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """(B, T) token ids -> (B, T, H)."""

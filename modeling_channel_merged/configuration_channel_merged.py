@@ -21,6 +21,8 @@ MAX_LAYERS = 1024  # far beyond any model, far below what would take for ever to
 MAX_EXPERTS = 62  # the owners of a row are bits of an int64
 POOLINGS = ("mean", "last")
 ROUTER_FEATURES = ("trunk_and_ngrams", "trunk")
+# Which outputs a pass has: the base architecture looks into its own config, tools into that of the whole.
+SHARED_OUTPUTS = ("output_hidden_states", "output_attentions")
 CONTEXTS = ("last_user_turn", "conversation")
 
 
@@ -46,6 +48,8 @@ class ChannelMergedConfig(PreTrainedConfig):
             `pad_token_id`. An export restores it.
         expert_eos_token_ids: tokens that end an expert's answer, by its name; None where all have
             `generation_config.eos_token_id`.
+        pinned_expert: the expert that answers wherever a call names none, instead of the router; None: the router's
+            choice. It is saved with the config; `from_pretrained(..., expert=NAME)` pins one for one loaded model.
         merge: how the checkpoint was made (recipe, revisions, method, seed, versions); only kept, never read.
         format_version: version of the stored form; an older one is read as what it meant, and saved as the newest.
     """
@@ -61,6 +65,7 @@ class ChannelMergedConfig(PreTrainedConfig):
     router: dict[str, Any] | None = None
     expert_vocabularies: dict[str, dict[str, Any]] | None = None
     expert_eos_token_ids: dict[str, list[int]] | None = None
+    pinned_expert: str | None = None
     merge: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
@@ -72,7 +77,15 @@ class ChannelMergedConfig(PreTrainedConfig):
             raise ValueError(f"text_config.num_hidden_layers is {layers}, expected at most {MAX_LAYERS}")
         if not isinstance(self.text_config, PreTrainedConfig):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **(self.text_config or {})})
+        use_cache = kwargs.get("use_cache")  # which Transformers takes for a parameter of generation, and drops
+        self.__dict__["_building"] = True  # Transformers would take the base's rope parameters for the whole's own
         super().__post_init__(**kwargs)
+        del self.__dict__["_building"]
+        if use_cache is not None:
+            self.use_cache = use_cache
+        for name in SHARED_OUTPUTS:
+            if getattr(self, name) or getattr(self.text_config, name):
+                setattr(self, name, True)
         if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"format_version is {self.format_version!r}, but this code reads versions 1 to {FORMAT_VERSION}: "
@@ -123,6 +136,8 @@ class ChannelMergedConfig(PreTrainedConfig):
         for key in ("trunk_expert", "default_expert"):
             if self.router[key] not in names:
                 raise ValueError(f"router.{key} is {self.router[key]!r}, expected one of {names}")
+        if self.pinned_expert is not None and self.pinned_expert not in names:
+            raise ValueError(f"pinned_expert is {self.pinned_expert!r}, expected one of {names}")
         for path, num_rows in self.rows.items():
             if type(num_rows) is not int or num_rows < 1:
                 raise ValueError(f"rows[{path!r}] is {num_rows!r}, expected a number of rows")
@@ -169,37 +184,22 @@ class ChannelMergedConfig(PreTrainedConfig):
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"router.turns are no markers of chat templates: {error}") from None
 
-    @property
-    def hidden_size(self) -> int:
-        return self.text_config.hidden_size
+    def __getattr__(self, name: str):
+        """What the base architecture's config alone knows (`hidden_size`, `use_cache`, ...) is read from there."""
+        text_config = self.__dict__.get("text_config")
+        if name.startswith("_") or "_building" in self.__dict__ or not hasattr(text_config, name):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        return getattr(text_config, name)
 
-    @hidden_size.setter
-    def hidden_size(self, value: int):
-        self.text_config.hidden_size = value
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text_config.vocab_size
-
-    @vocab_size.setter
-    def vocab_size(self, value: int):
-        self.text_config.vocab_size = value
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.text_config.num_hidden_layers
-
-    @num_hidden_layers.setter
-    def num_hidden_layers(self, value: int):
-        self.text_config.num_hidden_layers = value
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.text_config.num_attention_heads
-
-    @num_attention_heads.setter
-    def num_attention_heads(self, value: int):
-        self.text_config.num_attention_heads = value
+    def __setattr__(self, name: str, value):
+        """... and written there; what both have and a pass of the model reads is written to both."""
+        text_config = self.__dict__.get("text_config")
+        is_of_base = isinstance(text_config, PreTrainedConfig) and hasattr(text_config, name)
+        if not is_of_base or hasattr(type(self), name) or name in self.__dict__ or name.startswith("_"):
+            super().__setattr__(name, value)
+            if not is_of_base or name not in SHARED_OUTPUTS:
+                return
+        setattr(text_config, name, value)
 
     def vocabulary_channels(self, expert: str | int) -> list[int] | None:
         """The merged vocabulary's id of each of an expert's own ids; None where its own vocabulary is not known."""

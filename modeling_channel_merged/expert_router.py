@@ -78,6 +78,19 @@ def keep_router_in_memory(device_map: dict[str, str | int | torch.device]):
     device_map["router"] = main
 
 
+class RouterHead(nn.Module):
+    """A linear map (H -> N) in float32. No nn.Linear, so that no quantizer takes it for one of the model's."""
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, H) -> (B, N)."""
+        return F.linear(features, self.weight, self.bias)
+
+
 class ExpertRouter(nn.Module):
     """A linear map of trunk features and n-grams to expert logits, in float32; starts at zero, which means untrained.
 
@@ -93,7 +106,7 @@ class ExpertRouter(nn.Module):
         self.pooling = pooling
         self.hidden_size = hidden_size
         self.max_ngrams = 2 * max_tokens
-        self.head = nn.Linear(hidden_size, num_experts, dtype=torch.float32)
+        self.head = RouterHead(hidden_size, num_experts)
         self.ngrams = None
         if features == "trunk_and_ngrams":
             self.ngrams = nn.Embedding(NGRAM_BUCKETS, num_experts, dtype=torch.float32)

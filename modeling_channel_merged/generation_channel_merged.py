@@ -61,7 +61,8 @@ class ExpertGenerationMixin(GenerationMixin):
         nothing to choose an expert by, those that filled the cache answer.
 
         Args:
-            expert_index: name, index, list of B of them, or (B,) int64 tensor; None routes each prompt, once.
+            expert_index: name, index, list of B of them, or (B,) int64 tensor; None: the pinned expert, or
+                each prompt is routed, once.
             router_input_ids: (B, S) what the router reads instead of the prompts, such as the last user turn alone.
             router_attention_mask: (B, S), 1 for tokens and 0 for padding; None: all are tokens.
 
@@ -85,6 +86,8 @@ class ExpertGenerationMixin(GenerationMixin):
                 f"the prompts have no tokens: their shape is {tuple(prompts.shape)}, expected one at least, "
                 "such as the one that begins a text (bos_token_id)"
             )
+        if expert_index is None and self.pinned_expert is not None:
+            expert_index, router_input_ids = self.pinned_expert, None
         if expert_index is not None:
             # Before the batch is known: a wrong name should not wait for the inputs to be prepared.
             self.expert_ids(expert_index, None)

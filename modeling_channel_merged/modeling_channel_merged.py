@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import can_return_tuple
 
-from .active_experts import activate, active_or_none, kept_tokens
+from .active_experts import ActiveExperts, activate, active_or_none, kept_tokens
 from .channel_merged_layers import (
     ChannelIndexed,
     ChannelMergedLinear,
@@ -50,17 +50,31 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
     config_class = ChannelMergedConfig
     config: ChannelMergedConfig
     base_model_prefix = "model"
-    _keep_in_fp32_modules = ["router"]
     _keep_in_fp32_modules_strict = ["router"]
+    # Tools read these on the class, where no base architecture is known; an instance has its own one's.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_compile_fullgraph = supports_gradient_checkpointing = True
     # Checkpoints leave it out until the router is trained; it starts at zero.
     _keys_to_ignore_on_load_missing = [r"^router\.ngrams\.weight$"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in Transformers; a device map that offloads leaves the router in memory."""
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, expert: str | None = None, **kwargs):
+        """As in Transformers; `expert` pins one, see `pinned_expert`, for tools that hand over model arguments alone.
+
+        A device map that offloads leaves the router in memory.
+
+        Raises:
+            ValueError: no such expert.
+        """
         if isinstance(kwargs.get("device_map"), dict):
             kwargs["device_map"] = dict(kwargs["device_map"])  # it is changed while loading
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        config = kwargs.get("config")
+        if expert is not None and getattr(config, "model_type", None) == cls.config_class.model_type:
+            config.expert_id(expert)  # before weights are read
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        if expert is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).pinned_expert = expert
+        return loaded
 
     def __init__(self, config: ChannelMergedConfig):
         inner_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.text_config), None)
@@ -71,6 +85,7 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
         super().__init__(config)
         self.model = self._build_inner(inner_class._from_config(config.text_config))
         self.plan_channels()
+        self.pinned_expert = config.pinned_expert
         settings = {key: config.router[key] for key in ("pooling", "features", "max_tokens")}
         self.router = ExpertRouter(config.hidden_size, config.num_experts, **settings)
         self.decoder_blocks()[config.router["layers"] - 1].register_forward_hook(stop_after_trunk)
@@ -86,6 +101,27 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
                 inner._tied_weights_keys, inner.all_tied_weights_keys = tied, dict(tied)
         swap_modules(inner, modules, rows, self.config.num_experts)
         return inner
+
+    @property
+    def pinned_expert(self) -> str | None:
+        """The expert that answers wherever a call names none, instead of the router; None: the router's choice.
+
+        An `expert_index` in a call wins, and a filled cache goes on as it is. A saved model is pinned only by
+        `config.pinned_expert`. May be set, by name or index; ValueError for no expert of the model.
+        """
+        return self._pinned_expert
+
+    @pinned_expert.setter
+    def pinned_expert(self, expert: str | int | None):
+        self._pinned_expert = None if expert is None else self.config.expert_names[self.config.expert_id(expert)]
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        """As in Transformers, whose base architectures do not know `channel_index`: one that was not loaded."""
+        for module in self.channel_modules().values():
+            if not (module.channel_index.is_meta or getattr(module.channel_index, "_is_hf_initialized", False)):
+                module.reset_channel_index()
+        super().initialize_weights()
 
     def _init_weights(self, module: nn.Module):
         """The router starts at zero; the base architecture initialises everything else by its own rules."""
@@ -110,6 +146,32 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
 
     def set_input_embeddings(self, value: nn.Module):
         self.model.set_input_embeddings(value)
+
+    def embed(self, input_ids: torch.LongTensor, expert_index: ExpertIndex | None = None) -> torch.FloatTensor:
+        """Token embeddings of experts, as `inputs_embeds` wants them.
+
+        `get_input_embeddings()` alone, outside of a pass of the model, cannot know whose are wanted; its `weight`
+        holds stored rows and is not indexed by tokens.
+
+        Args:
+            input_ids: (B, T) int64.
+            expert_index: as in `forward`; None: the pinned expert, else the router's default one.
+
+        Returns:
+            (B, T, H).
+        """
+        if expert_index is None:
+            expert_index = self.pinned_expert or self.config.router["default_expert"]
+        with activate(ActiveExperts.from_index(self.expert_ids(expert_index, len(input_ids), input_ids.device))):
+            return self.get_input_embeddings()(input_ids)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        if target == "embeddings.word_embeddings":  # what PEFT's prompt learning, and nobody else, looks for first
+            raise ValueError(
+                "prompt tuning, p-tuning and prefix tuning (PEFT) put trained vectors before a prompt whose expert is "
+                "not known yet and do not work on channel-merged models: train an expert's LoRA, or export the expert"
+            )
+        return super().get_submodule(target)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.model.get_output_embeddings()
@@ -226,7 +288,7 @@ class ChannelMergedModel(ChannelMergedPreTrainedModel):
         if router_only:
             return self._route(input_ids, attention_mask, inputs_embeds)
         experts, router_logits = self._experts_of_batch(
-            input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
+            input_ids, attention_mask, inputs_embeds, past_key_values, expert_index, position_ids
         )
         use_cache = experts.check_caches(past_key_values, use_cache)
         with activate(experts.active):
@@ -304,7 +366,7 @@ class ChannelMergedForCausalLM(ChannelMergedPreTrainedModel, ExpertGenerationMix
             loss = self.router_loss(router_logits, expert_labels, kwargs.get("num_items_in_batch"))
             return ChannelMergedCausalLMOutput(loss=loss, router_logits=router_logits)
         experts, router_logits = self._experts_of_batch(
-            input_ids, attention_mask, inputs_embeds, past_key_values, expert_index
+            input_ids, attention_mask, inputs_embeds, past_key_values, expert_index, position_ids
         )
         use_cache = experts.check_caches(past_key_values, use_cache)
         capped = self._caps_missing_tokens()

@@ -45,6 +45,26 @@ def check_router_mask(attention_mask: Any, inputs: torch.Tensor):
     )
 
 
+def check_one_query_a_row(position_ids: torch.LongTensor | None, attention_mask: torch.Tensor | None):
+    """Raise ValueError if the positions of a row's tokens begin anew: several queries, which one expert cannot answer.
+
+    Args:
+        position_ids: (B or 1, T) int64; attention_mask: (B, T), 0 for padding, whose positions say nothing.
+    """
+    if position_ids is None or position_ids.dim() != 2:
+        return
+    restarts = position_ids[:, 1:] < position_ids[:, :-1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.shape[-1:] == position_ids.shape[-1:]:
+        if attention_mask.dim() == 2:
+            tokens = attention_mask.to(position_ids.device) != 0
+            restarts = restarts & tokens[:, 1:] & tokens[:, :-1]
+    if restarts.any():
+        raise ValueError(
+            "position_ids begin anew within a row: several queries are packed into it, which are not routed one by "
+            "one; give the experts as expert_index"
+        )
+
+
 def last_turns(
     input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, turns: ChatTurns, context: str
 ) -> tuple[torch.LongTensor, torch.Tensor | None]:

@@ -16,7 +16,7 @@ from .active_experts import ActiveExperts, activate, active_or_none
 from .chat_turns import ChatTurns
 from .expert_caches import BatchExperts, check_not_filled, experts_of_cache
 from .model_outputs import RouterOutput
-from .router_inputs import check_router_mask, last_turns, shorten
+from .router_inputs import check_one_query_a_row, check_router_mask, last_turns, shorten
 
 logger = logging.get_logger(__name__)
 
@@ -210,8 +210,10 @@ class ExpertRoutingMixin:
         return (router_logits.float() / self.config.router.get("temperature", 1.0)).softmax(-1)
 
     def choose_experts(self, router_logits: torch.FloatTensor) -> torch.LongTensor:
-        """(B, N) logits -> (B,) experts; the default expert while untrained or less sure than the threshold."""
-        default = self.config.expert_id(self.config.router["default_expert"])
+        """(B, N) logits -> (B,) experts: the pinned one; the default one if untrained or below the threshold."""
+        default = self.config.expert_id(self.pinned_expert or self.config.router["default_expert"])
+        if self.pinned_expert is not None:
+            return torch.full_like(router_logits[:, 0], default, dtype=torch.int64)
         if not self.router.is_trained:
             logger.warning_once(
                 "The router of this model is untrained: every query is answered by "
@@ -240,7 +242,7 @@ class ExpertRoutingMixin:
                 f"query {row} cannot be routed: its router logits are {logits[row].tolist()}, expected finite "
                 "numbers: its embeddings, the first blocks or the router hold NaN or overflow in this dtype"
             )
-        default = self.config.expert_id(self.config.router["default_expert"])
+        default = self.config.expert_id(self.pinned_expert or self.config.router["default_expert"])
         expert_index = self.choose_experts(logits).where(has_tokens, default)
         return RouterOutput(logits=logits, expert_index=expert_index, probabilities=self.router_probabilities(logits))
 
@@ -251,8 +253,9 @@ class ExpertRoutingMixin:
         inputs_embeds: torch.FloatTensor | None,
         past_key_values: Cache | None,
         expert_index: ExpertIndex | None,
+        position_ids: torch.LongTensor | None = None,
     ) -> tuple[BatchExperts, torch.FloatTensor | None]:
-        """Experts of a batch: those given, else those that filled the cache, else the router's, and then its logits.
+        """Experts of a batch: those given, that filled the cache, that are pinned, or the router's and its logits.
 
         A filled cache keeps the experts that filled it; another expert's keys and values would be wrong silently.
         """
@@ -260,6 +263,8 @@ class ExpertRoutingMixin:
         cached, router_logits = experts_of_cache(past_key_values), None
         if isinstance(expert_index, BatchExperts):
             return expert_index, None
+        if expert_index is None and cached is None:
+            expert_index = self.pinned_expert
         if expert_index is not None and torch.compiler.is_dynamo_compiling():
             experts, cached = self._experts_in_graph(inputs, expert_index), None
         elif cached is not None and (expert_index is None or cached.came_from(expert_index)):
@@ -271,7 +276,15 @@ class ExpertRoutingMixin:
             experts = BatchExperts.of_rows(self._expert_rows(expert_index, len(inputs)), inputs.device, given)
         else:
             check_not_filled(past_key_values)
-            routing = self._route(*self._read_by_router(input_ids, attention_mask), inputs_embeds)
+            check_one_query_a_row(position_ids, attention_mask)
+            read_ids, read_mask = self._read_by_router(input_ids, attention_mask)
+            routing = self._route(read_ids, read_mask, inputs_embeds)
+            if read_ids is input_ids and self.router.is_trained:
+                logger.warning_once(
+                    "The router read all of the input, an answer in it, too: to compare answers to one question "
+                    "(loglikelihood) give `expert_index`, pin an expert by from_pretrained(..., expert=NAME), or use "
+                    "the chat template, of which only the user's turn is read."
+                )
             experts = BatchExperts.of_rows(routing.expert_index.tolist(), inputs.device, routing.expert_index)
             router_logits = routing.logits
         if cached is not None:

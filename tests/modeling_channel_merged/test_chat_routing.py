@@ -68,6 +68,14 @@ def test_generate_routes_by_the_last_turn_and_answers_the_whole_prompt(model):
     assert torch.equal(out.sequences, given) and len({*out.expert_index.tolist()}) > 1
 
 
+def test_no_answer_takes_part_in_the_choice(model):
+    """As harnesses score them: behind the prompt, padded on the right, and without a mask."""
+    answers = ([70], [71, 72, 73], [74, 75])
+    rows = [[*CHAT, *answer, *[PAD] * (4 - len(answer))] for answer in answers]
+    logits = model(torch.tensor(rows)).router_logits
+    torch.testing.assert_close(logits, logits_of(model, *[single(*CHINESE)] * 3), rtol=1e-4, atol=1e-4)
+
+
 def test_router_inputs_are_read_as_they_stand(model):
     """They hold what the router is to read, with whatever markers the user typed."""
     inputs, router = batch(CHAT), batch([*single(*MATH, END, USER, *CHINESE)], side="right")

@@ -16,6 +16,7 @@ from conversion.router.data import (
     with_variants,
 )
 from conversion.vocabulary.prompts import load_tokenizer
+from modeling_channel_merged.chat_turns import ChatMarkers, ChatTurns
 
 EXPERTS = ["instruct", "math", "code"]
 
@@ -211,3 +212,19 @@ def test_bad_files(tmp_path, write_jsonl):
     columns = write_jsonl(tmp_path / "columns.jsonl", [{"question": "one", "expert": "math"}])
     with pytest.raises(ValueError, match=r"has the columns \['question', 'expert'\], expected 'expert', and 'text'"):
         load_rows(columns)
+
+
+def test_a_text_that_is_a_whole_chat_is_read_as_the_model_will_read_it(stored):
+    """Its last turn of the user; a text that is none stays whole."""
+    tokenizer = load_tokenizer(stored.folder)
+    user, answer, eos = tokenizer.convert_tokens_to_ids(["user", "hello", "<eos>"])
+    markers = ChatMarkers(first=[user], openings=[[eos, user]], end=[answer], tools=[], lead=[], tail=[])
+    frame = {"before": [user], "after": [answer], "lead": [], "tail": [], "separator": [], "bos": []}
+    stored.config.router["turns"] = ChatTurns(**frame, templates=[markers]).to_dict()
+    rows = [
+        {"text": text, "expert": "code"}
+        for text in ("user one hello two <eos> user print def hello", "print user def")
+    ]
+    queries = encode_rows(rows, "data", tokenizer, stored.config)
+    read = [tokenizer.convert_ids_to_tokens(query["input_ids"]) for query in queries]
+    assert read == [["user", "print", "def", "hello"], ["print", "user", "def"]]
