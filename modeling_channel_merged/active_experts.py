@@ -89,6 +89,7 @@ def active_experts() -> ActiveExperts:
         raise RuntimeError(
             "a channel-merged module was called outside of its model: call the ChannelMerged model, or wrap the call "
             "in `activate(ActiveExperts(expert))`. Where a block is recomputed in the backward pass, let "
-            "model.gradient_checkpointing_enable() do it: other checkpointing does not know the experts"
+            "model.gradient_checkpointing_enable() do it: other checkpointing does not know the experts. TRL's "
+            "SFTTrainer calls decoder and head apart: give a subclass of it `compute_loss = Trainer.compute_loss`"
         )
     return active
