@@ -14,7 +14,7 @@ from conversion.checkpoints.merged_checkpoint import whole_checkpoint
 from conversion.io.foreign_files import foreign
 from conversion.io.options import check_dtype, find_device
 from conversion.router.choices import choose_experts
-from conversion.serving.requests import SYSTEM_ROLE, RequestError
+from conversion.serving.requests import RequestError
 from conversion.vocabulary.expert_tokenizer import ExpertTokenizer, end_of_answer
 from conversion.vocabulary.prompts import encode_prompts, load_tokenizer, router_queries, with_valid_text
 
@@ -135,18 +135,10 @@ class MergedModelManager(ModelManager):
                 queries = encode_prompts(self.tokenizer, router_queries([messages], self.config), chat=True)
                 chosen = choose_experts(self.model, queries.to(self.model.device), whole=True)
                 (expert,), (probability,), (fallback,) = chosen
-            input_ids = self._encode(expert, messages)
+            input_ids = self.experts[expert].encode(messages, chat=True)
+            if not input_ids:
+                raise ValueError("the conversation has no tokens")
         except ValueError as error:
             raise RequestError(str(error), param="messages") from None
         ends = sorted(end_of_answer(self.model, expert))
         return Question(expert, probability, fallback, input_ids, ends, self.experts[expert])
-
-    def _encode(self, expert: str, messages: list[dict[str, str]]) -> list[int]:
-        """The tokens of a conversation; ValueError where a system message would be lost, or nothing is left."""
-        input_ids = self.experts[expert].encode(messages, chat=True)
-        others = [message for message in messages if message["role"] != SYSTEM_ROLE]
-        if len(others) < len(messages) and self.experts[expert].encode(others, chat=True) == input_ids:
-            raise ValueError(f"the chat template of expert {expert!r} leaves system messages out: send none")
-        if not input_ids:
-            raise ValueError("the conversation has no tokens")
-        return input_ids

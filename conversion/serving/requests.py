@@ -9,8 +9,7 @@ from typing import Any
 from fastapi import HTTPException
 
 ROLES = ("system", "user", "assistant")
-SYSTEM_ROLE = "system"
-SAME_ROLES = {"developer": SYSTEM_ROLE}  # its newer name
+SAME_ROLES = {"developer": "system"}  # its newer name
 TEXT_PARTS = ("text", "input_text", "output_text")
 MAX_STOPS = 4
 MAX_SEED = 2**63 - 1

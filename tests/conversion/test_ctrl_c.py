@@ -64,6 +64,14 @@ def content(out: Path) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
+@pytest.fixture(autouse=True)
+def handled():
+    """The signal is handled as in a terminal, also where the tests themselves run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def interrupt(monkeypatch):
     """Make this process get the signal of Ctrl-C when so many parts of a run are finished."""

@@ -40,11 +40,12 @@ def card_of(make_experts, write_recipe, tmp_path, monkeypatch):
             recipe["base_model"] = "user/base"
             for expert in recipe["experts"]:
                 expert["model"] = f"user/{expert['name']}@main"
-            monkeypatch.setattr(
-                places,
-                "find_source",
-                lambda name, model, _: Source(name, model, REVISION, folders[model.partition("@")[0]]),
-            )
+            for find in ("find_source", "find_place"):
+                monkeypatch.setattr(
+                    places,
+                    find,
+                    lambda name, model, _: Source(name, model, REVISION, folders[model.partition("@")[0]]),
+                )
             monkeypatch.setattr(
                 places, "with_weights", lambda source: replace(source, files=input_files(source.folder))
             )

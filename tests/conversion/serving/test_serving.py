@@ -38,7 +38,7 @@ def routed(served, messages):
     """Expert and probability, as the router gives them for the checkpoint's default template."""
     queries = router_queries([messages], served.manager.config)
     inputs = encode_prompts(served.manager.tokenizer, queries, chat=True)
-    (expert,), (probability,), _ = choose_experts(served.manager.model, inputs)
+    (expert,), (probability,), _ = choose_experts(served.manager.model, inputs, whole=True)
     return expert, probability
 
 
@@ -242,12 +242,12 @@ BAD = {
         *(
             400,
             "messages",
-            "template 'code' does not take messages of the roles system, user: no system role",
+            "expert 'code' has no system role (chat template 'code' does not take messages of the roles system, user",
         ),
     ),
     "system role lost": (
         {"model": "chinese", "messages": [{"role": "system", "content": "be kind"}, *user("x")]},
-        *(400, "messages", "the chat template of expert 'chinese' leaves system messages out"),
+        *(400, "messages", "expert 'chinese' has no system role (it leaves system messages out)"),
     ),
     "long prompt": ({"messages": user("x" * 2100)}, 400, "messages", "has 2107 tokens, and this server takes 2048"),
     "long answer": ({"max_tokens": 1501}, 400, "max_tokens", "max_tokens is 1501, and this server gives at most 1500"),
