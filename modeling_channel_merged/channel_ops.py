@@ -111,6 +111,8 @@ def reference_linear(
 ) -> torch.Tensor:
     """The plain definition, slow, and the truth in tests: each batch row multiplies the rows that its expert reads.
 
+    The tokens of a packed batch are B rows of one token.
+
     Args:
         hidden_states: (B, *, I).
         weight: (R, I); bias: (R,) or None.

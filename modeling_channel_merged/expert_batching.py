@@ -219,8 +219,8 @@ class ExpertBatchingManager(ContinuousBatchingManager):
             The request's id; None where another process drives this one (tensor parallel).
 
         Raises:
-            ValueError: a prompt that is no list of token ids or too long, an unknown expert, or a query that cannot be
-                routed. Such a request harms no other.
+            ValueError: a prompt that is no list of token ids or too long, the id of a request that runs, an unknown
+                expert, or a query that cannot be routed. Such a request harms no other.
             RuntimeError: the manager has stopped, or its queue stays full.
         """
         if not self.is_tp_driver:
@@ -230,6 +230,8 @@ class ExpertBatchingManager(ContinuousBatchingManager):
             raise RuntimeError(f"the request cannot be added: {denial}") from self.background_thread_status.fatal_error
         input_ids = self._checked_prompt(input_ids)
         max_new_tokens = self._checked_length(len(input_ids), max_new_tokens)
+        if request_id is not None:
+            self._check_is_new(request_id)
         self.logit_processor.check_kwargs(logit_processor_kwargs)
         choice = self.choose_expert(input_ids, expert_index, router_input_ids)
         if request_id is None:
@@ -302,6 +304,13 @@ class ExpertBatchingManager(ContinuousBatchingManager):
                 f"have {self.max_request_tokens} in all"
             )
         return max_new_tokens
+
+    def _check_is_new(self, request_id: str):
+        scheduler = self._processor().scheduler
+        with self.input_queue.mutex:
+            added = {state.request_id for state in self.input_queue.queue}
+        if any(request_id in known for known in (added, scheduler.waiting_requests, scheduler.active_requests)):
+            raise ValueError(f"a request {request_id!r} is not finished yet: expected an id of its own")
 
     def start(self):
         self._processor()  # here, so that a cache that does not fit is the caller's error

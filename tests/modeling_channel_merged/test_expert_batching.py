@@ -341,6 +341,20 @@ class TestManager:
             outputs = until_finished(manager, ids)
         assert tokens_of(outputs) and torch.equal(model.route(prompt).logits, routed)
 
+    def test_two_requests_of_one_id(self, no_end):
+        """Waiting to be seen, or running."""
+        model = small_model()
+        manager = model.init_continuous_batching(GenerationConfig(**GREEDY), small())
+        manager.add_request([5, 6], "a", 200, streaming=True, expert_index=0)
+        with pytest.raises(ValueError, match="a request 'a' is not finished yet"):
+            manager.add_request([7], "a", expert_index=1)
+        manager.start()
+        assert manager.get_result(timeout=SECONDS).expert_index == 0
+        with pytest.raises(ValueError, match="a request 'a' is not finished yet"):
+            manager.add_request([7], "a", expert_index=1)
+        manager.cancel_request("a")
+        manager.stop()
+
     def test_after_it_stopped_requests_are_refused(self):
         model = small_model()
         manager = model.init_continuous_batching(GenerationConfig(**GREEDY), small())
