@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion.convert import convert
+from tests.conftest import save_checkpoint, tiny_model, tuned
 
 pytestmark = [
     pytest.mark.skipif(
@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "3600",  # on a machine that is busy
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # ranks have their processes all the same
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -72,38 +73,45 @@ def command(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-@pytest.fixture
-def make_checkpoint(make_experts, write_recipe, tmp_path) -> Callable[..., Checkpoint]:
-    """Four experts of a base, merged; the second one's vocabulary lacks a quarter of the tokens."""
-
-    def make(base: str, dtype: torch.dtype = torch.float32) -> Checkpoint:
-        source, experts = make_experts(base, 4, delta_scale=0.15, dtype=dtype, **BASES[base])
-        write_recipe(source, experts, tmp_path / "recipe.yaml", dtype=str(dtype)[6:])
-        folder, adapters = tmp_path / "merged", tmp_path / "adapters"
-        convert(tmp_path / "recipe.yaml", folder, progress=False)
-        file = folder / "model.safetensors"
-        tensors = load_file(file)
-        tensors["model.lm_head.channel_index"][1, 100:165] = -1
-        save_file(tensors, file, metadata={"format": "pt"})
-        config = json.loads((folder / "config.json").read_text())
-        config["expert_vocabularies"] = {}
-        config["router"]["default_expert"] = "e2"
-        (folder / "config.json").write_text(json.dumps(config))
-        subprocess.run([command("channel-merged-selectors"), folder, adapters], check=True, timeout=300)
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        model.generation_config.eos_token_id = None  # answers are as long as asked for
-        return Checkpoint(folder, adapters, model)
-
-    return make
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Checkpoint]:
+    """Four experts of each base, merged; the second one's vocabulary lacks a quarter of the tokens."""
+    return {base: make_checkpoint(base, tmp_path_factory.mktemp(base)) for base in BASES}
 
 
-@pytest.fixture
-def run_engine(tmp_path) -> Callable[..., dict]:
-    def run(checkpoint: Checkpoint, batches: list[list[dict]], **options) -> dict:
+def make_checkpoint(base: str, folder: Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    model = tiny_model(base, **BASES[base])
+    experts = [tuned(model, number + 1, delta_scale=0.15, shared=0.2).to(dtype) for number in range(4)]
+    sources = [save_checkpoint(expert, folder / f"expert{number}") for number, expert in enumerate(experts)]
+    recipe = {
+        "base_model": str(save_checkpoint(model.to(dtype), folder / "base")),
+        "experts": [{"name": name, "model": str(source)} for name, source in zip(EXPERTS, sources)],
+        "dtype": str(dtype)[6:],
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    merged, adapters = folder / "merged", folder / "adapters"
+    convert(folder / "recipe.yaml", merged, progress=False)
+    file = merged / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.lm_head.channel_index"][1, 100:165] = -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((merged / "config.json").read_text())
+    config["expert_vocabularies"] = {}
+    config["router"]["default_expert"] = "e2"
+    (merged / "config.json").write_text(json.dumps(config))
+    subprocess.run([command("channel-merged-selectors"), merged, adapters], check=True, timeout=600)
+    loaded = AutoModelForCausalLM.from_pretrained(merged).eval()
+    loaded.generation_config.eos_token_id = None  # answers are as long as asked for
+    return Checkpoint(merged, adapters, loaded)
+
+
+def run_engines(folder: Path, jobs: dict[str, tuple[Checkpoint, list[list[dict]]]], **options) -> dict[str, list]:
+    """The answers of one engine for each job, all in one process: starting vLLM takes longer than they do."""
+    written = []
+    for name, (checkpoint, batches) in jobs.items():
         engine = {
             "model": str(checkpoint.folder),
             "skip_tokenizer_init": True,
-            "dtype": "float32",
             "enable_lora": True,
             "max_loras": len(EXPERTS),
             "max_model_len": 256,
@@ -111,20 +119,20 @@ def run_engine(tmp_path) -> Callable[..., dict]:
             "max_num_batched_tokens": 256,
             **options,
         }
-        job = {"engine": engine, "adapters": str(checkpoint.adapters), "batches": batches}
-        (tmp_path / "job.json").write_text(json.dumps(job))
-        call = [sys.executable, ENGINE, tmp_path / "job.json", tmp_path / "answers.json"]
-        result = subprocess.run(call, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-        answers = json.loads((tmp_path / "answers.json").read_text())
-        print({key: value for key, value in answers.items() if key != "answers"})
-        return answers["answers"]
+        files = {"adapters": str(checkpoint.adapters), "answers": str(folder / f"{name}.json")}
+        written.append({"engine": engine, "batches": batches, **files})
+    (folder / "jobs.json").write_text(json.dumps(written))
+    call = [sys.executable, ENGINE, folder / "jobs.json"]
+    result = subprocess.run(call, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=3600)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    answers = {name: json.loads((folder / f"{name}.json").read_text()) for name in jobs}
+    for name in answers:
+        print(name, {key: value for key, value in answers[name].items() if key != "answers"})
+    return {name: answers[name]["answers"] for name in answers}
 
-    return run
 
-
-def request(length: int, expert: str | None, seed: int = 0, max_tokens: int = NEW_TOKENS) -> dict:
-    generator = random.Random(seed * 1000 + length)
+def request(length: int, expert: str | None, max_tokens: int = NEW_TOKENS) -> dict:
+    generator = random.Random(length)
     prompt = [generator.randrange(256) for _ in range(length)]
     return {"prompt_token_ids": prompt, "expert": expert, "max_tokens": max_tokens}
 
@@ -135,51 +143,65 @@ def mixed_batch() -> list[dict]:
     return [request(length, expert) for length, expert in zip(lengths, [*EXPERTS, None, "e2", *EXPERTS])]
 
 
+REPEATED = [request(200, expert, max_tokens=4) for expert in ("e0", "e0", "e1", None, "e1")]
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoints, tmp_path_factory) -> dict[str, list]:
+    """Of each base, a mixed batch and then a prompt that one expert after the other reads."""
+    batches = [mixed_batch(), *([again] for again in REPEATED)]
+    jobs = {base: (checkpoint, batches) for base, checkpoint in checkpoints.items()}
+    return run_engines(tmp_path_factory.mktemp("engines"), jobs)
+
+
 @pytest.mark.parametrize("base", BASES)
-def test_mixed_batches_and_prefix_cache(base, make_checkpoint, run_engine):
-    """Every request has its own expert's tokens, as `generate` gives them, also where its prompt's blocks are cached;
-    a prompt that one expert has read is not cached for another one."""
-    checkpoint = make_checkpoint(base)
-    long = [request(200, expert, max_tokens=4) for expert in ("e0", "e0", "e1", None, "e1")]
-    batches = [mixed_batch(), *([again] for again in long)]
-    answers = run_engine(checkpoint, batches)
-    for batch, answered in zip(batches, answers, strict=True):
-        assert [answer["token_ids"] for answer in answered] == [checkpoint.answer(request) for request in batch]
-    assert [answer["cached"] for (answer,) in answers[1:]] == [0, BLOCK, 0, 0, BLOCK]
-    own = {expert: checkpoint.answer(request(40, expert)) for expert in EXPERTS}
-    assert len(set(map(tuple, own.values()))) == len(EXPERTS), "the experts answer alike, so this shows nothing"
+def test_mixed_batches(base, checkpoints, answers):
+    """Every request has its own expert's tokens, as `generate` gives them."""
+    wanted = [checkpoints[base].answer(request) for request in mixed_batch()]
+    assert [answer["token_ids"] for answer in answers[base][0]] == wanted
+    own = {tuple(checkpoints[base].answer(request(40, expert))) for expert in EXPERTS}
+    assert len(own) == len(EXPERTS), "the experts answer alike, so this shows nothing"
 
 
-@pytest.mark.parametrize("base", ["llama", "qwen2"])
-def test_two_ranks(base, make_checkpoint, run_engine):
+@pytest.mark.parametrize("base", BASES)
+def test_prefix_cache(base, checkpoints, answers):
+    """A prompt that one expert has read is not cached for another one, and cached blocks give the same tokens."""
+    repeated = [answer for (answer,) in answers[base][1:]]
+    assert [answer["cached"] for answer in repeated] == [0, BLOCK, 0, 0, BLOCK]
+    assert [answer["token_ids"] for answer in repeated] == [checkpoints[base].answer(again) for again in REPEATED]
+
+
+def test_two_ranks(checkpoints, tmp_path):
     """Two tensor-parallel processes, which speak gloo, give one process's tokens; with tied embeddings, too."""
-    checkpoint = make_checkpoint(base)
-    (answers,) = run_engine(checkpoint, [mixed_batch()], tensor_parallel_size=2)
-    assert [answer["token_ids"] for answer in answers] == [checkpoint.answer(request) for request in mixed_batch()]
+    jobs = {base: (checkpoints[base], [mixed_batch()]) for base in ("llama", "qwen2", "qwen3")}
+    answers = run_engines(tmp_path, jobs, tensor_parallel_size=2)
+    for base, (answered,) in answers.items():
+        wanted = [checkpoints[base].answer(request) for request in mixed_batch()]
+        assert [answer["token_ids"] for answer in answered] == wanted, base
 
 
-def test_bfloat16(make_checkpoint, run_engine):
+def test_bfloat16(tmp_path):
     """In bfloat16 vLLM's log-probabilities are as near to those of float32 as Transformers' own are."""
-    checkpoint = make_checkpoint("llama", torch.bfloat16)
+    checkpoint = make_checkpoint("llama", tmp_path, torch.bfloat16)
     batch = [request(length, expert, max_tokens=1) for length, expert in zip((40, 70, 21, 90), EXPERTS)]
-    (answers,) = run_engine(checkpoint, [batch], dtype="bfloat16")
+    (answers,) = run_engines(tmp_path, {"llama": (checkpoint, [batch])})["llama"]
     exact = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     errors = []
-    for request_, answer in zip(batch, answers, strict=True):
-        prompt, token = torch.tensor([request_["prompt_token_ids"]]), answer["token_ids"][0]
+    for asked, answer in zip(batch, answers, strict=True):
+        prompt, token = torch.tensor([asked["prompt_token_ids"]]), answer["token_ids"][0]
         with torch.no_grad():
             given, wanted = (
-                model(prompt, expert_index=request_["expert"]).logits[0, -1].float().log_softmax(-1)[token].item()
+                model(prompt, expert_index=asked["expert"]).logits[0, -1].float().log_softmax(-1)[token].item()
                 for model in (checkpoint.model, exact)
             )
         errors.append((abs(answer["logprobs"][0] - wanted), abs(given - wanted)))
     ours, theirs = (max(error) for error in zip(*errors))
-    assert ours <= 2 * theirs + 2**-8, errors
+    assert 0 < ours <= 2 * theirs, errors
 
 
-def test_refusals(make_checkpoint):
+def test_refusals(checkpoints):
     """What cannot be served is refused with the field, its value and what was expected, before weights are read."""
-    folder = make_checkpoint("llama").folder
+    folder = checkpoints["llama"].folder
     code = f"""
 import copy
 from types import SimpleNamespace
@@ -259,9 +281,9 @@ def post(url: str, **body) -> tuple[str | None, str]:
         return answer.headers.get("x-expert"), answer.read().decode()
 
 
-def test_server_and_proxy(make_checkpoint, start):
+def test_server_and_proxy(start, tmp_path):
     """Over HTTP: a model is an expert, the checkpoint's own name its default one, and `auto` what the router says."""
-    checkpoint = make_checkpoint("llama")
+    checkpoint = make_checkpoint("llama", tmp_path)
     torch.nn.init.normal_(checkpoint.model.router.head.weight)
     torch.nn.init.normal_(checkpoint.model.router.ngrams.weight)
     file = checkpoint.folder / "model.safetensors"

@@ -1,12 +1,13 @@
-"""Runs in the environment of vLLM: answers the batches of a JSON file by one engine, and says what it did as JSON.
+"""Runs in the environment of vLLM: answers requests by one engine after the other, and says what they did as JSON.
 
-    python vllm_engine.py JOB.json ANSWERS.json
+    python vllm_engine.py JOBS.json
 
-The job has `engine` (arguments of `LLM`), `adapters` (a folder of selector adapters, or null) and `batches`, lists of
-requests with `prompt_token_ids`, `expert` (a name or null) and `max_tokens`. Each answer has `token_ids`, `logprobs`
-(of those tokens) and `cached` (tokens of the prompt that came from the prefix cache).
+Each job has `engine` (arguments of `LLM`), `adapters` (a folder of selector adapters), `batches`, lists of requests
+with `prompt_token_ids`, `expert` (a name or null) and `max_tokens`, and `answers`, the file to write: for each request
+its `token_ids`, their `logprobs`, and how many tokens of the prompt were `cached`.
 """
 
+import gc
 import json
 import sys
 import time
@@ -14,11 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def main(job_file: str, answers_file: str):
+def answer(job: dict):
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    job = json.loads(Path(job_file).read_text())
     started = time.perf_counter()
     engine = LLM(**job["engine"])
     ready = time.perf_counter()
@@ -56,7 +56,16 @@ def main(job_file: str, answers_file: str):
         "answer_seconds": time.perf_counter() - ready,
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    Path(answers_file).write_text(json.dumps(result))
+    Path(job["answers"]).write_text(json.dumps(result))
+
+
+def main(jobs_file: str):
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for job in json.loads(Path(jobs_file).read_text()):
+        answer(job)
+        gc.collect()  # the engine
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":
