@@ -174,7 +174,7 @@ class ExpertBatchingManager(ContinuousBatchingManager):
         expert_index: str | int | ExpertChoice | None = None,
         router_input_ids: Sequence[int] | None = None,
     ) -> ExpertChoice:
-        """The expert that answers a prompt: the one given by name or number, else the router's choice.
+        """Who answers a prompt: the expert given by name or number, else the pinned one, else the router's choice.
 
         Args:
             input_ids: the prompt's tokens.
@@ -186,6 +186,7 @@ class ExpertBatchingManager(ContinuousBatchingManager):
         config = self.model.config
         if isinstance(expert_index, ExpertChoice):
             return expert_index
+        expert_index = self.model.pinned_expert if expert_index is None else expert_index
         if expert_index is not None:
             number = config.expert_id(expert_index)
             return ExpertChoice(number, config.expert_names[number])

@@ -76,6 +76,10 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
             (loaded[0] if isinstance(loaded, tuple) else loaded).pinned_expert = expert
         return loaded
 
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """As in Transformers, but tensors keep the names of this model's modules, whatever the base's files use."""
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
     def __init__(self, config: ChannelMergedConfig):
         inner_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.text_config), None)
         if inner_class is None:

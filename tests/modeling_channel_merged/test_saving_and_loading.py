@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig
 
 from modeling_channel_merged import ChannelMergedForCausalLM, ChannelMergedModel
 from modeling_channel_merged.active_experts import ActiveExperts, activate
 
-from .conftest import CONFIGS, random_model
+from .conftest import CONFIGS, SIZES, random_model
 
 
 def test_save_and_load(text_config, prompts, tmp_path):
@@ -30,6 +30,15 @@ def test_save_and_load(text_config, prompts, tmp_path):
     assert not any(info.values())
     expected = model(prompts, output_hidden_states=True).hidden_states[-1]
     assert torch.equal(headless(prompts).last_hidden_state, expected)
+
+
+def test_a_base_whose_files_name_tensors_otherwise(prompts, tmp_path):
+    """Transformers writes a GPT-NeoX head as `embed_out`."""
+    model = random_model(GPTNeoXConfig(**{key: size for key, size in SIZES.items() if "key_value" not in key}), 3)
+    model.save_pretrained(tmp_path)
+    loaded = ChannelMergedForCausalLM.from_pretrained(tmp_path)
+    assert loaded.state_dict().keys() == load_file(tmp_path / "model.safetensors").keys() | {"router.ngrams.weight"}
+    assert torch.equal(loaded(prompts, expert_index=1).logits, model(prompts, expert_index=1).logits)
 
 
 def test_auto_classes_find_the_model(llama_model, tmp_path):
@@ -60,7 +69,7 @@ REMOTE = """
 import sys
 import torch
 import torch._dynamo.testing
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 headless = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 prompts = torch.load(sys.argv[2])
