@@ -10,6 +10,7 @@ from conversion.convert import convert
 from conversion.export import export_expert
 from conversion.io.sources import Source, input_files
 from conversion.merging import places
+from conversion.merging import plan as plan_module
 from conversion.merging.recipe import parse_recipe
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -47,7 +48,7 @@ def card_of(make_experts, write_recipe, tmp_path, monkeypatch):
                     lambda name, model, _: Source(name, model, REVISION, folders[model.partition("@")[0]]),
                 )
             monkeypatch.setattr(
-                places, "with_weights", lambda source: replace(source, files=input_files(source.folder))
+                plan_module, "with_weights", lambda source: replace(source, files=input_files(source.folder))
             )
         convert(parse_recipe(recipe), tmp_path / "out", progress=False)
         return ModelCard.load(tmp_path / "out" / "README.md", ignore_metadata_errors=False)

@@ -242,12 +242,12 @@ BAD = {
         *(
             400,
             "messages",
-            "expert 'code' has no system role (chat template 'code' does not take messages of the roles system, user",
+            "expert 'code' has no system role \\(chat template 'code' does not take messages of the roles system, user",
         ),
     ),
     "system role lost": (
         {"model": "chinese", "messages": [{"role": "system", "content": "be kind"}, *user("x")]},
-        *(400, "messages", "expert 'chinese' has no system role (it leaves system messages out)"),
+        *(400, "messages", r"expert 'chinese' has no system role \(it leaves system messages out\)"),
     ),
     "long prompt": ({"messages": user("x" * 2100)}, 400, "messages", "has 2107 tokens, and this server takes 2048"),
     "long answer": ({"max_tokens": 1501}, 400, "max_tokens", "max_tokens is 1501, and this server gives at most 1500"),
