@@ -111,6 +111,7 @@ def run_engines(folder: Path, jobs: dict[str, tuple[Checkpoint, list[list[dict]]
     for name, (checkpoint, batches) in jobs.items():
         engine = {
             "model": str(checkpoint.folder),
+            "dtype": str(checkpoint.model.dtype)[6:],  # vLLM would run float32 in 16 bits
             "skip_tokenizer_init": True,
             "enable_lora": True,
             "max_loras": len(EXPERTS),
