@@ -242,7 +242,7 @@ BAD = {
         *(
             400,
             "messages",
-            "expert 'code' has no system role \\(chat template 'code' does not take messages of the roles system, user",
+            r"expert 'code' has no system role \(the chat template 'code' does not take messages of the roles",
         ),
     ),
     "system role lost": (
