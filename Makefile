@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
-	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (20 minutes alone)'
+	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (under ten minutes)'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'
 	@echo 'make bench-conversion   seconds and memory of a conversion against mergekit (5 GB of disk, some minutes)'
