@@ -17,7 +17,7 @@ help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
 	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
 	@echo 'make test-tools   those with TRL, ONNX and the converter of llama.cpp'
-	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (20 minutes alone)'
+	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (under ten minutes)'
 	@echo 'make test-oldest   a few tests with the oldest Transformers that works, and the syntax of each Python at hand'
 	@echo 'make lint    check style; make format mends it'
 	@echo 'make bench   tokens per second of merged against dense models (under ten minutes)'

