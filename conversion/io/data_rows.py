@@ -26,8 +26,11 @@ class DataRows:
     name: str  # the file's without its suffix, or the dataset's id
 
 
-def read_data(data: str) -> DataRows:
+def read_data(data: str, config: str | None = None) -> DataRows:
     """All rows of a JSONL, JSON, Parquet or CSV file, or of a Hub dataset (`id` or `id:split`; default: `train`).
+
+    Args:
+        config: of a Hub dataset that has several.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -44,13 +47,23 @@ def read_data(data: str) -> DataRows:
             name, arguments = Path(data).stem, {"path": file_format, "data_files": data, "split": "train"}
         else:
             name, _, split = data.partition(":")
-            arguments = {"path": name, "split": split or "train"}
+            arguments = {"path": name, "name": config, "split": split or "train"}
         with foreign(data), one_line_of_datasets():
             dataset = load_dataset(**arguments)
         rows, columns = dataset.to_list(), dataset.column_names
     if not rows:
         raise ValueError(f"{data} has no rows")
     return DataRows(rows, columns, without_folder(name))
+
+
+def read_stream(data: str, split: str | None, config: str | None, count: int) -> DataRows:
+    """The first rows of a Hub dataset, without downloading all of it; errors as of `read_data`."""
+    with foreign(data), one_line_of_datasets():
+        stream = load_dataset(data, config, split=split or "train", streaming=True)
+        rows = list(stream.take(count))
+    if not rows:
+        raise ValueError(f"{data} has no rows")
+    return DataRows(rows, list(rows[0]), without_folder(data))
 
 
 def find_data(data: str, folder: Path) -> str:
