@@ -8,19 +8,16 @@ all of the files train one router, and the sources of the test files are tested.
 (style_queries.py writes such) train all contenders and are never tested.
 Contenders:
 
-- router: the checkpoint's own, as its config says, trained from zero as `channel-merge train-router` does
-- trunk: the same without the n-grams of the tokens
-- embedding: the trunk features before the first block
+- router: the checkpoint's own, fitted from zero as `channel-merge train-router` does
 - naive Bayes, TF-IDF: on bags of words (runs of letters, digits, single Chinese characters, signs); TF-IDF goes
   through logistic regression
 
-Accuracy of each source, their mean per expert and over experts (macro), and the calibration error (ECE, 15 bins)
-before any temperature. A table, then one line of JSON.
+Accuracy of each source, their mean per expert and over experts (macro), and the calibration error (ECE, 15 bins;
+the router's at the temperature that it chose). A table, then one line of JSON.
 """
 
 import argparse
 import json
-import math
 import re
 import statistics
 from collections import Counter
@@ -31,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from conversion.router.augmentation import augment
+from conversion.router.data import Query, encode_queries, with_variants
+from conversion.router.fitting import fit_router
 from conversion.router.metrics import expected_calibration_error
 from conversion.vocabulary.prompts import load_tokenizer
-from modeling_channel_merged.router_inputs import shorten
 
 WORD = re.compile(r"[a-z]+|\d|[\u4e00-\u9fff]|[^\sa-z\d]")
-EPOCHS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 3, 16, 1e-2, 0.1  # of `channel-merge train-router`
+BATCH = 64
 
 Row = dict[str, str | bool]
 # Trains on the first rows and gives the probabilities (B, N) of the second.
@@ -59,79 +56,43 @@ def labels(rows: list[Row], names: list[str]) -> torch.LongTensor:
     return torch.tensor([names.index(row["expert"]) for row in rows])
 
 
-def fit(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    parameters: list[torch.nn.Parameter],
-    inputs: torch.Tensor,
-    targets: torch.LongTensor,
-):
-    """AdamW with a learning rate that falls to zero; `inputs` (B, F), dense."""
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    steps = EPOCHS * math.ceil(len(targets) / BATCH)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for _ in range(EPOCHS):
-        for rows in torch.randperm(len(targets)).split(BATCH):
-            F.cross_entropy(forward(inputs[rows]), targets[rows]).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-
-
 class RouterContender:
-    """The router of a checkpoint, or of its trunk features or embeddings alone; features are computed once."""
+    """The router of a checkpoint, fitted anew as `channel-merge train-router` does."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kind: str, seed: int):
-        self.model, self.tokenizer, self.kind, self.seed = model, tokenizer, kind, seed
-        self.known: dict[str, torch.Tensor] = {}
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int):
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+
+    def queries(self, rows: list[Row]) -> list[Query]:
+        names = self.model.config.expert_names
+        queries = [
+            {"text": row["text"], "chat": False, "labels": names.index(row["expert"]), "source": row["source"]}
+            | {"generated": row["generated"]}
+            for row in rows
+        ]
+        return encode_queries(queries, self.tokenizer, self.model.config)
 
     @torch.no_grad()
-    def features(self, texts: list[str]) -> torch.Tensor:
-        new = sorted({text for text in texts if text not in self.known}, key=len)
-        for start in range(0, len(new), 64):
-            part = new[start : start + 64]
-            inputs = self.tokenizer(part, padding=True, return_tensors="pt").to(self.model.device)
-            max_tokens = self.model.config.router["max_tokens"]
-            ids, mask, _ = shorten(inputs["input_ids"], inputs["attention_mask"], None, max_tokens)
-            if self.kind == "embedding":
-                hidden_states = torch.where(mask[..., None] == 0, 0, self.embeddings(ids, mask))
-                features = F.layer_norm(hidden_states.sum(1) / mask.sum(1, keepdim=True), hidden_states.shape[-1:])
-                features = features / self.model.config.hidden_size**0.5
-            else:
-                features = self.model.router_features(ids, mask)
-                if self.kind == "trunk":
-                    features = features[:, : self.model.config.hidden_size]
-            self.known.update(zip(part, features.float().cpu(), strict=True))
-        return torch.stack([self.known[text] for text in texts])
+    def features(self, queries: list[Query]) -> torch.Tensor:
+        """(B, F) of encoded queries."""
+        order = sorted(range(len(queries)), key=lambda number: len(queries[number]["input_ids"]))
+        parts = {}
+        for start in range(0, len(order), BATCH):
+            batch = order[start : start + BATCH]
+            padded = self.tokenizer.pad(
+                {"input_ids": [queries[number]["input_ids"] for number in batch]}, return_tensors="pt"
+            ).to(self.model.device)
+            features = self.model.router_features(padded["input_ids"], padded["attention_mask"])
+            parts.update(zip(batch, features.float().cpu(), strict=True))
+        return torch.stack([parts[number] for number in range(len(queries))])
 
-    def embeddings(self, ids: torch.LongTensor, mask: torch.Tensor) -> torch.Tensor:
-        """(B, T, H) of the trunk expert; its first block is not asked."""
-        seen = {}
-        block = self.model.decoder_blocks()[0]
-        hook = block.register_forward_pre_hook(lambda module, args: seen.update(embedded=args[0].float()))
-        try:
-            self.model.router_features(ids, mask)
-        finally:
-            hook.remove()
-        return seen["embedded"]
-
+    @torch.no_grad()
     def __call__(self, train: list[Row], test: list[Row]) -> torch.Tensor:
-        names = self.model.config.expert_names
-        texts = [row["text"] for row in train]
-        inputs = self.features(texts + [augment(text, self.seed) for text in texts])
-        targets = labels(train, names).repeat(2)
-        set_seed(self.seed)
-        if self.kind == "router":
-            head = self.model.router.float().cpu()
-            for parameter in head.parameters():
-                torch.nn.init.zeros_(parameter)
-        else:
-            head = torch.nn.Linear(inputs.shape[1], len(names))
-        head.train()
-        fit(head, list(head.parameters()), inputs, targets)
-        head.eval()
-        with torch.no_grad():
-            return head(self.features([row["text"] for row in test])).softmax(-1)
+        size = self.model.config.hidden_size
+        own = self.queries(train)
+        queries = encode_queries(with_variants(own, self.seed), self.tokenizer, self.model.config)
+        fit_router(self.model, self.tokenizer, queries, lambda part: self.features(part)[:, :size].double().numpy())
+        router = self.model.router.float().cpu()
+        return self.model.router_probabilities(router(self.features(self.queries(test))))
 
 
 def bags(rows: list[Row]) -> list[Counter[str]]:
@@ -239,9 +200,7 @@ def main(arguments: list[str] | None = None) -> dict:
     rows, test = (read_rows(files) for files in (args.queries, args.test))
     if unknown := {row["expert"] for row in rows + test} - set(names):
         raise ValueError(f"the queries name the experts {sorted(unknown)}, but {args.checkpoint} has {names}")
-    contenders: dict[str, Contender] = {
-        kind: RouterContender(model, tokenizer, kind, args.seed) for kind in ("router", "trunk", "embedding")
-    }
+    contenders: dict[str, Contender] = {"router": RouterContender(model, tokenizer, args.seed)}
     contenders |= {"naive Bayes": naive_bayes(names), "TF-IDF": tf_idf(names)}
     rounds = experiments(rows, test)
     results = {name: measure(contender, rounds, names) for name, contender in contenders.items()}

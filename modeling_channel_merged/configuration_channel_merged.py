@@ -18,11 +18,14 @@ AUTO_MAP = {
 }
 
 MAX_LAYERS = 1024  # far beyond any model, far below what would take for ever to build
+NGRAM_BUCKETS = 1 << 15  # of routers whose config names no other number
 MAX_EXPERTS = 62  # the owners of a row are bits of an int64
 POOLINGS = ("mean", "last")
-ROUTER_FEATURES = ("trunk_and_ngrams", "trunk")
 # Which outputs a pass has: the base architecture looks into its own config, tools into that of the whole.
 SHARED_OUTPUTS = ("output_hidden_states", "output_attentions")
+ROUTER_FEATURES = ("words", "trunk_and_words", "trunk_and_ngrams", "trunk")
+FALLBACKS = ("doubt", "likely")
+MAX_BUCKETS = (1 << 24) - 1
 CONTEXTS = ("last_user_turn", "conversation")
 
 
@@ -35,10 +38,15 @@ class ChannelMergedConfig(PreTrainedConfig):
         rows: stored rows R of every channel-merged module, by its path in the base architecture. A path that is left
             out has as many rows as channels (all experts share them).
         router: `layers` (decoder blocks that the router's features pass through, at least 1), `pooling` ("mean" over
-            the attention mask or "last" token), `features` ("trunk_and_ngrams" also reads the query's token ids,
-            "trunk" the blocks' features alone), `temperature` (probabilities are those of the logits divided by it),
-            `trunk_expert` (the expert whose weights make the features), `default_expert` (answers while the router is
-            untrained or less sure than `threshold`), `threshold` (probability in [0, 1]; 0 always follows the router),
+            the attention mask or "last" token), `features` ("words" reads the query's token ids alone and runs no
+            block, "trunk" the blocks' features alone, "trunk_and_words" and "trunk_and_ngrams", which knows no words,
+            both), `ngram_buckets` (rows of the table of n-grams), `vocabulary` (token ids whose words are known),
+            `temperature` (probabilities are those of the logits divided by it), `trunk_expert` (the expert whose
+            weights make the features),
+            `default_expert` (answers while the router is untrained, or in doubt), `threshold` (probability in [0, 1];
+            0 always follows the router) and `fallback`: the default expert answers where the router is less sure than
+            the threshold ("doubt"), or where it is itself more probable than 1 - threshold ("likely"; the same for two
+            experts); `min_known` (it also answers a query of whose n-grams the router knows a smaller share),
             `max_tokens` (the router reads the first and the last half of so many tokens of a longer query), `context`
             (what it reads of a conversation: "last_user_turn" or "conversation", all turns of the user; never system
             prompts or answers), `turns` (by what it finds them in a prompt's token ids, see `ChatTurns`; None: it
@@ -107,10 +115,14 @@ class ChannelMergedConfig(PreTrainedConfig):
             "layers": max(1, self.text_config.num_hidden_layers // 10),
             "pooling": "mean",
             "features": features,
+            "ngram_buckets": NGRAM_BUCKETS,
+            "vocabulary": 0,
             "temperature": 1.0,
             "trunk_expert": self.expert_names[0],
             "default_expert": self.expert_names[0],
             "threshold": 0.0,
+            "fallback": "doubt",
+            "min_known": 0.0,
             "max_tokens": min(256, getattr(self.text_config, "max_position_embeddings", None) or 256),
             "context": "last_user_turn",
             "turns": None,
@@ -150,6 +162,11 @@ class ChannelMergedConfig(PreTrainedConfig):
             raise ValueError(f"router.pooling is {self.router['pooling']!r}, expected one of {POOLINGS}")
         if self.router["features"] not in ROUTER_FEATURES:
             raise ValueError(f"router.features is {self.router['features']!r}, expected one of {ROUTER_FEATURES}")
+        if self.router["fallback"] not in FALLBACKS:
+            raise ValueError(f"router.fallback is {self.router['fallback']!r}, expected one of {FALLBACKS}")
+        for key, least, most in (("ngram_buckets", 1, MAX_BUCKETS), ("vocabulary", 0, MAX_BUCKETS)):
+            if type(number := self.router[key]) is not int or not least <= number <= most:
+                raise ValueError(f"router.{key} is {number!r}, expected {least} to {most}")
         if not (isinstance(self.router["temperature"], int | float) and 0 < self.router["temperature"] < float("inf")):
             raise ValueError(f"router.temperature is {self.router['temperature']!r}, expected a number above 0")
         for name, vocabulary in self.expert_vocabularies.items():
@@ -171,9 +188,9 @@ class ChannelMergedConfig(PreTrainedConfig):
             raise ValueError(f"expert_eos_token_ids is {ends!r:.100}, expected a list of token ids for each expert")
         if self.expert_eos_token_ids is not None and set(self.expert_eos_token_ids) != set(names):
             raise ValueError(f"expert_eos_token_ids is of {sorted(self.expert_eos_token_ids)}, expected of {names}")
-        threshold = self.router["threshold"]
-        if not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
-            raise ValueError(f"router.threshold is {threshold!r}, expected a probability in [0, 1]")
+        for key, what in (("threshold", "a probability"), ("min_known", "a share")):
+            if not (isinstance(value := self.router[key], int | float) and 0 <= value <= 1):
+                raise ValueError(f"router.{key} is {value!r}, expected {what} in [0, 1]")
         if not isinstance(max_tokens := self.router["max_tokens"], int) or max_tokens < 1:
             raise ValueError(f"router.max_tokens is {max_tokens!r}, expected a number of at least 1")
         if self.router["context"] not in CONTEXTS:

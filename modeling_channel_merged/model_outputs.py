@@ -13,9 +13,11 @@ class RouterOutput(ModelOutput):
 
     Attributes:
         logits: (B, N) float32 router logits; zeros for a query without tokens.
-        expert_index: (B,) int64 expert that answers each query; the default expert where the router is untrained, less
-            sure than its threshold, or has no token to read.
+        expert_index: (B,) int64 expert that answers each query; the default expert where the router is untrained, in
+            doubt by its threshold, finds it none of these, or has no token to read.
         probabilities: (B, N) float32, the softmax of the logits after the router's temperature.
+        known: (B,) float32, the share of a query's n-grams that the router's training has seen; 1 without n-grams.
+        none_of_these: (B,) bool, whether that is less than `router["min_known"]`: a query for none of the experts.
         top_experts: (B, top_k) int64 most probable experts, best first; the lower index first among equals.
         top_probabilities: (B, top_k) float32, theirs.
     """
@@ -23,6 +25,8 @@ class RouterOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     expert_index: torch.LongTensor | None = None
     probabilities: torch.FloatTensor | None = None
+    known: torch.FloatTensor | None = None
+    none_of_these: torch.BoolTensor | None = None
     top_experts: torch.LongTensor | None = None
     top_probabilities: torch.FloatTensor | None = None
 

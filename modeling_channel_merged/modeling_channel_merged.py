@@ -25,7 +25,7 @@ from .channel_merged_layers import (
 )
 from .configuration_channel_merged import ChannelMergedConfig
 from .expert_caches import remember_experts
-from .expert_router import ExpertRouter, keep_router_in_memory
+from .expert_router import keep_router_in_memory, make_router
 from .generation_channel_merged import ExpertGenerationMixin
 from .model_outputs import ChannelMergedCausalLMOutput, ChannelMergedModelOutput, RouterOutput
 from .routing_channel_merged import ExpertIndex, ExpertRoutingMixin, stop_after_trunk
@@ -55,7 +55,7 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     _can_compile_fullgraph = supports_gradient_checkpointing = True
     # Checkpoints leave it out until the router is trained; it starts at zero.
-    _keys_to_ignore_on_load_missing = [r"^router\.ngrams\.weight$"]
+    _keys_to_ignore_on_load_missing = [r"^router\.(ngrams\.weight|plain_tokens)$"]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, expert: str | None = None, **kwargs):
@@ -90,8 +90,7 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
         self.model = self._build_inner(inner_class._from_config(config.text_config))
         self.plan_channels()
         self.pinned_expert = config.pinned_expert
-        settings = {key: config.router[key] for key in ("pooling", "features", "max_tokens")}
-        self.router = ExpertRouter(config.hidden_size, config.num_experts, **settings)
+        self.router = make_router(config)
         self.decoder_blocks()[config.router["layers"] - 1].register_forward_hook(stop_after_trunk)
         self.post_init()
 

@@ -140,7 +140,7 @@ class ExpertRoutingMixin:
         attention_mask: torch.Tensor | None,
         inputs_embeds: torch.FloatTensor | None,
     ) -> torch.FloatTensor:
-        """(B, N) float32 logits, running only the first `config.router["layers"]` blocks as the trunk expert."""
+        """(B, N) float32 logits, running at most the first `config.router["layers"]` blocks, as the trunk expert."""
         return self.router(self.router_features(input_ids, attention_mask, inputs_embeds))
 
     @torch.no_grad()
@@ -161,6 +161,22 @@ class ExpertRoutingMixin:
             attention_mask = torch.ones(inputs.shape[:2], dtype=torch.int64, device=inputs.device)
         max_tokens = self.config.router["max_tokens"]
         input_ids, attention_mask, inputs_embeds = shorten(input_ids, attention_mask, inputs_embeds, max_tokens)
+        hidden_states = None
+        if self.router.reads_trunk:
+            hidden_states = self._trunk(input_ids, attention_mask, inputs_embeds)
+        weight = self.router.head.weight
+        reached = attention_mask if hidden_states is None else hidden_states
+        device = reached.device if weight.is_meta else weight.device  # an offloaded router comes to its inputs
+        hidden_states, input_ids = (None if part is None else part.to(device) for part in (hidden_states, input_ids))
+        return self.router.features(hidden_states, attention_mask.to(device), input_ids)
+
+    def _trunk(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor,
+        inputs_embeds: torch.FloatTensor | None,
+    ) -> torch.FloatTensor:
+        """(B, T, H) hidden states after the first blocks, run as the trunk expert."""
         decoder = self.model.base_model
         arguments = {"attention_mask": attention_mask, "use_cache": False}
         if "position_ids" in inspect.signature(decoder.forward).parameters:
@@ -179,10 +195,7 @@ class ExpertRoutingMixin:
         finally:
             for module in training:
                 module.training = True
-        weight = self.router.head.weight
-        device = hidden_states.device if weight.is_meta else weight.device  # an offloaded router comes to its inputs
-        input_ids = None if input_ids is None else input_ids.to(device)
-        return self.router.features(hidden_states.to(device), attention_mask.to(device), input_ids)
+        return hidden_states
 
     def router_loss(
         self,
@@ -210,7 +223,7 @@ class ExpertRoutingMixin:
         return (router_logits.float() / self.config.router.get("temperature", 1.0)).softmax(-1)
 
     def choose_experts(self, router_logits: torch.FloatTensor) -> torch.LongTensor:
-        """(B, N) logits -> (B,) experts: the pinned one; the default one if untrained or below the threshold."""
+        """(B, N) logits -> (B,) experts: the pinned one; while untrained or in doubt, by `fallback`, the default one."""
         default = self.config.expert_id(self.pinned_expert or self.config.router["default_expert"])
         if self.pinned_expert is not None:
             return torch.full_like(router_logits[:, 0], default, dtype=torch.int64)
@@ -223,15 +236,26 @@ class ExpertRoutingMixin:
             return torch.full_like(router_logits[:, 0], default, dtype=torch.int64)
         probabilities = self.router_probabilities(router_logits)
         experts = probabilities.argmax(-1)  # the first of equals
-        return experts.where(probabilities.amax(-1) >= self.config.router["threshold"], default)
+        threshold = self.config.router["threshold"]
+        if self.config.router["fallback"] == "likely":
+            return experts.where(probabilities[:, default] <= 1 - threshold, default)
+        return experts.where(probabilities.amax(-1) >= threshold, default)
 
     def _route(self, input_ids, attention_mask, inputs_embeds) -> RouterOutput:
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs.shape[1] == 0:
             logits = torch.zeros(len(inputs), self.config.num_experts, device=inputs.device)
+            known = torch.ones(len(inputs), device=inputs.device)
         else:
-            logits = self.router_logits(input_ids, attention_mask, inputs_embeds)
-        if attention_mask is None:
+            features = self.router_features(input_ids, attention_mask, inputs_embeds)
+            logits, known = self.router(features), self.router.known_share(features)
+        if input_ids is None and not self.router.reads_trunk:
+            logger.warning_once(
+                "This model's router reads token ids, and there are only embeddings: "
+                f"{self.config.router['default_expert']!r} answers. Give input_ids, or name an expert."
+            )
+            has_tokens = torch.zeros(logits.shape[:1], dtype=torch.bool, device=logits.device)
+        elif attention_mask is None:
             has_tokens = torch.full(logits.shape[:1], inputs.shape[1] > 0, device=logits.device)
         else:
             has_tokens = (attention_mask != 0).any(-1).to(logits.device)
@@ -243,8 +267,15 @@ class ExpertRoutingMixin:
                 "numbers: its embeddings, the first blocks or the router hold NaN or overflow in this dtype"
             )
         default = self.config.expert_id(self.pinned_expert or self.config.router["default_expert"])
-        expert_index = self.choose_experts(logits).where(has_tokens, default)
-        return RouterOutput(logits=logits, expert_index=expert_index, probabilities=self.router_probabilities(logits))
+        none_of_these = known < self.config.router["min_known"]
+        expert_index = self.choose_experts(logits).where(has_tokens & ~none_of_these, default)
+        return RouterOutput(
+            logits=logits,
+            expert_index=expert_index,
+            probabilities=self.router_probabilities(logits),
+            known=known,
+            none_of_these=none_of_these,
+        )
 
     def _experts_of_batch(
         self,

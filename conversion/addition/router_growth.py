@@ -34,7 +34,7 @@ def extended_router(addition: Addition, config: ChannelMergedConfig) -> dict[str
     with torch.device("meta"):
         larger = ChannelMergedForCausalLM(config).router.state_dict()
     shapes = {ROUTER_PREFIX + name: value.shape for name, value in larger.items()}
-    trained = any(bool(tensor.any()) for tensor in tensors.values())
+    trained = any(bool(tensor.any()) for tensor in tensors.values() if tensor.is_floating_point())
     # Probabilities are those of the logits over the temperature.
     return grow_router(tensors, shapes, ROUTER_MARGIN * config.router["temperature"] if trained else 0.0)
 

@@ -17,11 +17,11 @@ from conversion.io.sources import Source, find_source, with_weights
 from conversion.io.weight_files import FLOAT_DTYPES, read_headers
 from conversion.io.wording import first_names
 from modeling_channel_merged.configuration_channel_merged import AUTO_MAP, FORMAT_VERSION, ChannelMergedConfig
-from modeling_channel_merged.expert_router import ExpertRouter
+from modeling_channel_merged.expert_router import make_router
 from modeling_channel_merged.stored_tensors import check_index_values, may_miss_tokens
 
 ROUTER_TENSORS = ("router.head.weight", "router.head.bias")
-NGRAM_TENSOR = "router.ngrams.weight"
+TRAINED_ROUTER_TENSORS = ("router.ngrams.weight", "router.plain_tokens")
 
 
 def read_merged_config(folder: Path) -> ChannelMergedConfig:
@@ -99,8 +99,8 @@ class MergedCheckpoint:
     def router_names(self) -> Iterator[str]:
         """Names of the router's tensors."""
         yield from ROUTER_TENSORS
-        if NGRAM_TENSOR in self.tensors:  # an untrained router leaves it out: missing weights are zeros
-            yield NGRAM_TENSOR
+        # An untrained router leaves them out: missing ones are zeros.
+        yield from (name for name in TRAINED_ROUTER_TENSORS if name in self.tensors)
 
     def rows_name(self, path: str) -> str:
         """Name of the tensor with the rows of a channel module; for a tied head it is the embedding's."""
@@ -189,12 +189,14 @@ class MergedCheckpoint:
                     self._check_tensor(f"model.{path}.experts.{expert}.{parameter}", shape)
         config = self.config
         with torch.device("meta"):
-            router = ExpertRouter(config.hidden_size, config.num_experts, "mean", config.router["features"], 1)
-        shapes = {f"router.{name}": tensor.shape for name, tensor in router.state_dict().items()}
+            router = make_router(config)
+        expected = {f"router.{name}": tensor for name, tensor in router.state_dict().items()}
         for name in self.router_names():
-            if name not in shapes:
+            if name not in expected:
                 raise ValueError(f"{self.folder} holds {name}, which a router of {config.router['features']} has not")
-            self._check_tensor(name, shapes[name])
+            self._check_tensor(
+                name, expected[name].shape, FLOAT_DTYPES if expected[name].is_floating_point() else ("I32",)
+            )
 
     def _check_tensor(self, name: str, shape: Iterable[int], dtypes: Iterable[str] = FLOAT_DTYPES) -> None:
         stored, shape = self.tensors[name], tuple(shape)

@@ -23,8 +23,11 @@ class DataRows:
     name: str  # the file's without its suffix, or the dataset's id
 
 
-def read_data(data: str) -> DataRows:
+def read_data(data: str, config: str | None = None) -> DataRows:
     """All rows of a JSONL, JSON, Parquet or CSV file, or of a Hub dataset (`id` or `id:split`; default: `train`).
+
+    Args:
+        config: of a Hub dataset that has several.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -40,7 +43,7 @@ def read_data(data: str) -> DataRows:
             name, arguments = Path(data).stem, {"path": file_format, "data_files": data, "split": "train"}
         else:
             name, _, split = data.partition(":")
-            arguments = {"path": name, "split": split or "train"}
+            arguments = {"path": name, "name": config, "split": split or "train"}
         from datasets import load_dataset  # slow to load
 
         with foreign(data), one_line_of_datasets():
@@ -55,6 +58,18 @@ def check_data(data: str) -> None:
     """FileNotFoundError where data are named as a file that is not there."""
     if Path(data).suffix in DATA_SUFFIXES and not Path(data).is_file():
         raise FileNotFoundError(f"there is no file {data}")
+
+
+def read_stream(data: str, split: str | None, config: str | None, count: int) -> DataRows:
+    """The first rows of a Hub dataset, without downloading all of it; errors as of `read_data`."""
+    from datasets import load_dataset  # slow to load
+
+    with foreign(data), one_line_of_datasets():
+        stream = load_dataset(data, config, split=split or "train", streaming=True)
+        rows = list(stream.take(count))
+    if not rows:
+        raise ValueError(f"{data} has no rows")
+    return DataRows(rows, list(rows[0]), without_folder(data))
 
 
 def find_data(data: str, folder: Path) -> str:

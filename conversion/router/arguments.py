@@ -16,7 +16,7 @@ class RouterArguments:
         metadata={
             "metavar": "DATA",
             "help": "JSONL, JSON, Parquet or CSV files, or Hub datasets, with the columns `text` (or chat "
-            "`messages`), `expert` (a name) and maybe `source`.",
+            "`messages`), `expert` (a name) and maybe `source`; or a YAML file that names datasets and their columns.",
         }
     )
     eval_data: list[str] | None = field(

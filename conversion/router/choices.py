@@ -23,7 +23,9 @@ def choose_experts(
 def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> list[str | None]:
     """Why the default expert answers each query, or None where the router chose; `routing` is of `route(top_k=1)`."""
     threshold, names = model.config.router["threshold"], model.config.expert_names
-    trained, reasons = model.router.is_trained, []
+    any_doubt = model.config.router["fallback"] == "doubt"
+    trained, reasons, known = model.router.is_trained, [], routing.known.tolist()
+    none_of_these, experts = routing.none_of_these.tolist(), routing.expert_index.tolist()
     for number, (best, probability) in enumerate(
         zip(routing.top_experts[:, 0].tolist(), routing.top_probabilities[:, 0].tolist(), strict=True)
     ):
@@ -31,8 +33,12 @@ def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> 
             reasons.append("the router is untrained")
         elif not attention_mask[number].any():
             reasons.append("the router has nothing to read")
-        elif probability < threshold:
+        elif none_of_these[number]:
+            reasons.append(f"the router knows {known[number]:.0%} of its words")
+        elif any_doubt and probability < threshold:
             reasons.append(f"{names[best]} has {probability:.3f}, below the threshold {threshold:.3f}")
+        elif experts[number] != best:
+            reasons.append(f"{names[best]} has {probability:.3f}, and the default more than {1 - threshold:.3f}")
         else:
             reasons.append(None)
     return reasons

@@ -10,6 +10,7 @@ import random
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from conversion.io.data_rows import read_data
 from conversion.router.augmentation import augment
+from conversion.router.data_recipe import SUFFIXES as RECIPE_SUFFIXES
+from conversion.router.data_recipe import read_recipe
 from conversion.vocabulary.prompts import render, with_valid_text
 from modeling_channel_merged.chat_turns import ChatTurns
 from modeling_channel_merged.configuration_channel_merged import ChannelMergedConfig
@@ -52,8 +55,12 @@ def load_rows(data: str) -> list[dict[str, Any]]:
 
 
 def load_queries(data: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: ChannelMergedConfig) -> list[Query]:
-    """The queries of several files or Hub datasets, one after the other; errors as in its two parts."""
-    return [query for name in data for query in read_rows(load_rows(name), name, tokenizer, config)]
+    """The queries of several files, Hub datasets or YAML files of datasets, one after the other; errors as there."""
+    parts = []
+    for name in data:
+        recipe = Path(name).suffix in RECIPE_SUFFIXES
+        parts += read_recipe(Path(name)) if recipe else [(name, load_rows(name))]
+    return [query for place, rows in parts for query in read_rows(rows, place, tokenizer, config)]
 
 
 def read_rows(
@@ -107,10 +114,17 @@ def query_text(row: dict[str, Any], place: str, context: str) -> tuple[str, bool
 
 
 def with_variants(queries: list[Query], seed: int) -> list[Query]:
-    """The queries, and one variant of each that does not stand in a chat template, the right frame already."""
+    """The queries, and one variant of each that does not stand in a chat template, the right frame already.
+
+    A variant has the number of its `original`.
+    """
     return [
         *queries,
-        *({**query, "text": augment(query["text"], seed)} for query in queries if not query["chat"]),
+        *(
+            {**query, "text": augment(query["text"], seed), "original": number}
+            for number, query in enumerate(queries)
+            if not query["chat"]
+        ),
     ]
 
 

@@ -71,9 +71,11 @@ def calibration_summary(calibration: dict[str, Any]) -> str:
             f"temperature {calibration['temperature']:.3g}, no calibration error: fewer than "
             f"{MIN_CALIBRATION_QUERIES} queries"
         )
+    by_source = calibration["ece_by_source"]
     return (
-        f"calibration error {calibration['ece']:.3f} ({calibration['folds']}-fold cross-fitted) with the temperature, "
-        f"now {calibration['temperature']:.3g}, and {calibration['ece_before']:.3f} without"
+        f"calibration error {calibration['ece']:.3f}"
+        + ("" if by_source is None else f" ({by_source:.3f} by source)")
+        + f" with the temperature of {calibration['temperature']:.3g}, and {calibration['ece_before']:.3f} without"
     )
 
 
@@ -128,12 +130,12 @@ def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
     error = (
         f"They are too few (at least {MIN_CALIBRATION_QUERIES} are needed) to say how far off the probabilities are."
         if calibration["ece"] is None
-        else f"On queries that it is not fitted to, the expected calibration error ({calibration['bins']} bins) is "
-        f"{calibration['ece']:.3f}, without a temperature {calibration['ece_before']:.3f}: measured by "
-        f"{calibration['folds']}-fold cross-fitting. The tables show the fitted queries themselves."
+        else f"On the evaluation queries the expected calibration error ({calibration['bins']} bins) is "
+        f"{calibration['ece']:.3f}, without a temperature {calibration['ece_before']:.3f}."
     )
     threshold = (
-        f"Below a probability of {metrics['threshold']:g} the default expert answers (`config.router['threshold']`)."
+        f"Where the default expert is itself more probable than {1 - metrics['threshold']:g}, it answers "
+        "(`config.router['threshold']`)."
         if metrics["threshold"]
         else "Its pick always answers; a threshold in `config.router['threshold']` would hand doubtful queries to the "
         "default expert:"
@@ -149,8 +151,8 @@ def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
         markdown.table(*confusion_rows(metrics)),
         *([f"![Queries by right and picked expert]({PLOT_FILE})"] if has_plot else []),
         markdown.table(*source_rows(metrics)),
-        f"Its logits are divided by a temperature of {calibration['temperature']:.3g}, which was fitted to the "
-        f"evaluation queries. {error} {threshold}",
+        f"Its logits are divided by a temperature of {calibration['temperature']:.3g}, which was fitted to "
+        f"{metrics['training']['temperature_from']}. {error} {threshold}",
         markdown.table(*threshold_rows(metrics)),
     ]
     return "\n\n".join(parts)
@@ -173,7 +175,7 @@ def eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
     measured = {
         ("accuracy", "Accuracy"): metrics["accuracy"],
         ("recall", "Macro accuracy (mean of the experts' recalls)"): metrics["macro_accuracy"],
-        ("ece", "Expected calibration error (cross-fitted)"): metrics["calibration"]["ece"],
+        ("ece", "Expected calibration error"): metrics["calibration"]["ece"],
     }
     return [
         EvalResult(metric_type=metric, metric_name=name, metric_value=value, **common)

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -49,8 +50,9 @@ def cache_features(
     model: PreTrainedModel, queries: list[Query], collator: RouterCollator, args: RouterTrainingArguments
 ) -> list[Query]:
     """The queries with the router's inputs in the place of their tokens; one pass over all of them, on all devices."""
-    blocks, all_blocks = model.config.router["layers"], model.config.num_hidden_layers
-    logger.info("running the first %d of %d blocks on %d queries, once", blocks, all_blocks, len(queries))
+    if model.router.reads_trunk:
+        blocks, all_blocks = model.config.router["layers"], model.config.num_hidden_layers
+        logger.info("running the first %d of %d blocks on %d queries, once", blocks, all_blocks, len(queries))
     order = sorted(range(len(queries)), key=lambda number: -len(queries[number]["input_ids"]))  # little padding
     texts = [{"input_ids": queries[number]["input_ids"]} for number in order]
     features = Trainer(RouterFeatures(model), args, collator, eval_dataset=texts).predict(texts).predictions
@@ -59,3 +61,13 @@ def cache_features(
         cached[number]["features"] = row
     logger.info("%d features of each are kept, %s", features.shape[1], format_bytes(features.nbytes))
     return cached
+
+
+def trunk_features(
+    model: PreTrainedModel, queries: list[Query], collator: RouterCollator, args: RouterTrainingArguments
+) -> np.ndarray:
+    """(B, H) float64 features of the first blocks alone."""
+    columns = slice(model.config.hidden_size)
+    return np.stack([query["features"][columns] for query in cache_features(model, queries, collator, args)]).astype(
+        np.float64
+    )

@@ -5,8 +5,7 @@ the most probable one, whatever the threshold says.
 
 Expected calibration error (ECE): queries are put into 15 bins of equal width by the probability of the picked expert;
 ECE is the mean over queries of |share of right picks in the bin - mean probability in the bin|. The temperature is
-fitted to the evaluation queries, so what it achieves is measured by cross-fitting: each query's probabilities are at a
-temperature that was fitted to the queries of the other folds.
+fitted to training queries of left-out sources (see `doubt`), never to those that are evaluated.
 """
 
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from transformers import EvalPrediction
 NUM_BINS = 15
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 TEMPERATURES = (1e-2, 1e2)  # what a fit may give
-CALIBRATION_FOLDS = 5
-MIN_CALIBRATION_QUERIES = 50  # on fewer, neither a temperature nor an error of probabilities says anything
+MIN_CALIBRATION_QUERIES = 50  # on fewer, an error of probabilities says nothing
+MIN_SOURCE_QUERIES = 20  # the same of one source
 
 
 def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -73,43 +72,32 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(1 / middle)
 
 
-def useful_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """`fit_temperature` where that lowers the calibration error, else 1.0: few queries, all right, tell little."""
-    temperature = fit_temperature(logits, labels)
-    errors = [expected_calibration_error(logits, labels, value) for value in (1.0, temperature)]
-    return temperature if errors[1] < errors[0] else 1.0
+def calibration(
+    logits: np.ndarray, labels: np.ndarray, sources: Sequence[str], temperature: float
+) -> dict[str, float | int | None]:
+    """What a temperature achieves on queries that it was not fitted to.
 
-
-def cross_fitted_temperatures(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For each query `useful_temperature` of the queries in other folds than its own: (B, 1).
-
-    Every expert's queries go to the folds in turn, in their order.
+    The calibration error, its mean over the sources, and the loss (mean of -log(probability of the right expert)) are
+    None for fewer than `MIN_CALIBRATION_QUERIES`, of which a source must have `MIN_SOURCE_QUERIES`; `..._before` are
+    those without a temperature.
     """
-    folds = np.empty(len(labels), dtype=int)
-    folds[np.argsort(labels, kind="stable")] = np.arange(len(labels)) % CALIBRATION_FOLDS
-    temperatures = np.empty((len(labels), 1))
-    for fold in range(CALIBRATION_FOLDS):
-        left = folds != fold
-        temperatures[~left] = useful_temperature(logits[left], labels[left])
-    return temperatures
-
-
-def calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
-    """The temperature that was fitted to these queries, and what such a temperature achieves on others, cross-fitted.
-
-    The calibration error and the loss (mean of -log(probability of the right expert)) are None for fewer than
-    `MIN_CALIBRATION_QUERIES`; `..._before` are those without a temperature.
-    """
-    errors = dict.fromkeys(("ece_before", "ece", "loss_before", "loss"))
+    errors: dict[str, float | None] = dict.fromkeys(("ece_before", "ece", "ece_by_source", "loss_before", "loss"))
     if len(labels) >= MIN_CALIBRATION_QUERIES:
-        scaled = logits / cross_fitted_temperatures(logits, labels)
-        errors = {
+        errors |= {
             "ece_before": expected_calibration_error(logits, labels),
-            "ece": expected_calibration_error(scaled, labels),
+            "ece": expected_calibration_error(logits, labels, temperature),
             "loss_before": negative_log_likelihood(logits, labels),
-            "loss": negative_log_likelihood(scaled, labels),
+            "loss": negative_log_likelihood(logits, labels, temperature),
         }
-    return {"temperature": temperature, "bins": NUM_BINS, "folds": CALIBRATION_FOLDS, **errors}
+        places = np.asarray(sources, dtype=object)
+        masks = [places == source for source in dict.fromkeys(sources)]
+        by_source = [
+            expected_calibration_error(logits[rows], labels[rows], temperature)
+            for rows in masks
+            if rows.sum() >= MIN_SOURCE_QUERIES
+        ]
+        errors["ece_by_source"] = sum(by_source) / len(by_source) if by_source else None
+    return {"temperature": temperature, "bins": NUM_BINS, **errors}
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_experts: int) -> np.ndarray:
@@ -153,14 +141,14 @@ def evaluate_router(
 
     Args:
         sources: where each query is from.
-        router: `temperature` (fitted to these queries), `threshold` and `default_expert`, as the checkpoint's config
-            has them.
+        router: `temperature` (not fitted to these queries), `threshold`, `fallback` and `default_expert`, as the
+            checkpoint's config has them.
     """
     temperature = router["temperature"]
     picked, names = logits.argmax(-1), expert_names
     matrix = confusion_matrix(labels, picked, len(names))
     recall = recalls(matrix)
-    confidence = probabilities(logits, temperature).max(-1)
+    chances = probabilities(logits, temperature)
     return {
         "expert_names": names,
         "queries": len(labels),
@@ -168,10 +156,10 @@ def evaluate_router(
         "macro_accuracy": mean_of_known(recall),
         "recall": dict(zip(names, recall)),
         "confusion_matrix": matrix.tolist(),  # rows: the right expert, columns: the one that the router picked
-        "sources": source_table(labels, picked, confidence, sources, names),
-        "calibration": calibration(logits, labels, temperature),
+        "sources": source_table(labels, picked, chances.max(-1), sources, names),
+        "calibration": calibration(logits, labels, sources, temperature),
         "threshold": router["threshold"],
-        "thresholds": threshold_table(labels, picked, confidence, names.index(router["default_expert"])),
+        "thresholds": threshold_table(labels, chances, names.index(router["default_expert"]), router["fallback"]),
     }
 
 
@@ -194,13 +182,20 @@ def source_table(
 
 
 def threshold_table(
-    labels: np.ndarray, picked: np.ndarray, confidence: np.ndarray, default: int
+    labels: np.ndarray, chances: np.ndarray, default: int, fallback: str
 ) -> list[dict[str, float | None]]:
     """What each threshold would do: the share of queries that the router decides (coverage), the share of right picks
-    among them, and among all queries where the default expert answers the rest."""
+    among them, and among all queries where the default expert answers the rest.
+
+    Args:
+        chances: (B, N) probabilities.
+        fallback: when the default expert answers, as the config has it.
+    """
     rows = []
     for threshold in THRESHOLDS:
-        sure, right = confidence >= threshold, picked == labels
+        likely = fallback == "likely"
+        sure = chances[:, default] <= 1 - threshold if likely else chances.max(-1) >= threshold
+        right = chances.argmax(-1) == labels
         rows.append(
             {
                 "threshold": threshold,

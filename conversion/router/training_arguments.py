@@ -14,6 +14,9 @@ class RouterTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for a small head on frozen features."""
 
     output_dir: str = field(metadata={"help": OUTPUT_HELP})
+    num_train_epochs: float = field(
+        default=0, metadata={"help": "Epochs of training after the table is counted; 0: none."}
+    )
     learning_rate: float = field(default=1e-2, metadata={"help": "Initial learning rate."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per device."})

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_channel_merged.expert_router import NGRAM_BUCKETS, NO_BUCKET, ExpertRouter, ngram_buckets, pool
+from modeling_channel_merged.expert_router import NGRAM_BUCKETS, ExpertRouter, ngram_buckets, pool, word_buckets
+
+NO_BUCKET = NGRAM_BUCKETS
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
@@ -113,7 +115,7 @@ def test_features_have_one_width_whatever_the_query_length():
     widths = {
         router.features(torch.randn(1, t, 16), torch.ones(1, t), torch.ones(1, t).long()).shape for t in (0, 1, 8)
     }
-    assert widths == {(1, 16 + 2 * 16)}
+    assert widths == {(1, 16 + 3 * 16)}
 
 
 def test_autocast_does_not_round_bucket_numbers():
@@ -166,3 +168,42 @@ def test_ngrams_alone_learn_and_generalise():
     unseen = torch.tensor([[1, 10, 2, 999], [1, 11, 2, 998]])
     router.eval()
     assert router(router.features(torch.zeros(2, 4, 16), torch.ones(2, 4), unseen)).argmax(-1).tolist() == [0, 1]
+
+
+PLAIN = torch.tensor([-1, 2, 3, -2, -4])  # "a", "b" inside a word, "c" inside a word, "B" after a space, "d"
+
+
+def words_of(ids, mask=None):
+    ids = torch.tensor([ids])
+    mask = torch.ones_like(ids) if mask is None else torch.tensor([mask])
+    return {bucket for bucket in word_buckets(ids, mask, PLAIN, 1 << 16)[0].tolist() if bucket != 1 << 16}
+
+
+def test_words_are_their_tokens_in_order():
+    """Whatever stands around them: a word is found again, its tokens in another order are another word."""
+    alone = words_of([0, 1, 2])
+    assert len(alone) == 3 + 2 + 1  # tokens, pairs, the word
+    assert alone <= words_of([4, 0, 1, 2, 4])
+    (word,) = alone - words_of([0, 1]) - words_of([1, 2]) - words_of([4, 1, 4, 2])
+    assert word not in words_of([0, 2, 1]) and word not in words_of([0, 1, 2, 2])
+
+
+def test_words_know_no_case():
+    """Token 3 is token 1 in capitals and after a space: the same plain token, but another word begins."""
+    assert len(words_of([3]) ^ words_of([1])) == 0
+    assert words_of([0, 3]) - words_of([0, 1]) and words_of([0, 1]) - words_of([0, 3])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_adds_no_word(side):
+    ids, mask = [0, 1, 2, 4, 0], [1] * 5
+    padded = ([2, 2] + ids, [0, 0] + mask) if side == "left" else (ids + [2, 2], mask + [0, 0])
+    assert words_of(*padded) == words_of(ids)
+
+
+def test_ids_beyond_the_known_vocabulary_are_words():
+    assert len(words_of([7])) == 2 and words_of([7]).isdisjoint(words_of([8]))
+
+
+def test_words_of_nothing():
+    assert word_buckets(torch.zeros(2, 0, dtype=torch.int64), torch.ones(2, 0), PLAIN, 8).shape == (2, 0)

@@ -18,6 +18,6 @@ def calibrated(count: int, scale: float, seed: int = 0) -> tuple[np.ndarray, np.
 
 def metrics_of(logits, labels, sources=None, temperature=1.0, threshold=0.0):
     sources = ["all"] * len(labels) if sources is None else sources
-    router = {"temperature": temperature, "threshold": threshold, "default_expert": "instruct"}
+    router = {"temperature": temperature, "threshold": threshold, "default_expert": "instruct", "fallback": "doubt"}
     metrics = evaluate_router(logits, labels, sources, EXPERTS, router)
-    return {**metrics, "training": {"queries": 9}}
+    return {**metrics, "training": {"queries": 9, "temperature_from": "nine queries"}}

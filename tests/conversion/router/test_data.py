@@ -119,7 +119,7 @@ def test_variants(stored, router_rows):
     both = with_variants(queries, seed=5)
     assert both[:20] == queries and len(both) == 40
     for query, variant in zip(queries, both[20:]):
-        assert {**variant, "text": ""} == {**query, "text": ""}
+        assert {**variant, "text": ""} == {**query, "text": "", "original": queries.index(query)}
     assert [query["text"] for query in both[20:]] != [query["text"] for query in queries]
     assert with_variants(queries, seed=5) == both != with_variants(queries, seed=6)
     chat = [{**query, "chat": True} for query in queries]

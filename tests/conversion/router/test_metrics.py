@@ -7,19 +7,17 @@ import pytest
 from transformers import EvalPrediction
 
 from conversion.router.metrics import (
-    CALIBRATION_FOLDS,
     NUM_BINS,
     THRESHOLDS,
     calibration,
     confusion_matrix,
-    cross_fitted_temperatures,
     expected_calibration_error,
     fit_temperature,
     negative_log_likelihood,
     probabilities,
     recalls,
     router_metrics,
-    useful_temperature,
+    threshold_table,
 )
 
 from .conftest import EXPERTS, calibrated, metrics_of
@@ -77,37 +75,25 @@ def test_temperature_of_few_queries_stays_sane():
     assert fit_temperature(wrong, np.array([0, 1, 2])) == pytest.approx(100, rel=1e-3)
 
 
-def test_the_calibration_error_is_measured_where_nothing_was_fitted():
-    """A loop over folds; no query's temperature has seen its label, however that is changed."""
-    logits, labels = calibrated(203, 3.0)
-    temperatures = cross_fitted_temperatures(logits, labels)
-    folds = np.zeros(len(labels), dtype=int)
-    for place, number in enumerate(sorted(range(len(labels)), key=lambda number: labels[number])):
-        folds[number] = place % CALIBRATION_FOLDS
-    chances = np.empty_like(logits, dtype=np.float64)
-    for fold in range(CALIBRATION_FOLDS):
-        temperature = useful_temperature(logits[folds != fold], labels[folds != fold])
-        assert (temperatures[folds == fold] == temperature).all()
-        chances[folds == fold] = probabilities(logits[folds == fold], temperature)
-    stored = useful_temperature(logits, labels)
-    measured = calibration(logits, labels, stored)
-    assert measured["temperature"] == stored
-    assert measured["ece"] == pytest.approx(expected_calibration_error(np.log(chances), labels))
-    assert measured["loss"] == pytest.approx(negative_log_likelihood(np.log(chances), labels))
-    assert measured["ece_before"] == expected_calibration_error(logits, labels)
-    # Fitted where it is measured, the loss is the least that a temperature can give: flattery.
-    assert measured["loss"] > negative_log_likelihood(logits, labels, fit_temperature(logits, labels))
+def test_calibration_by_source():
+    """The mean of the errors of each source that has enough queries, at the temperature that is given."""
+    logits, labels = calibrated(130, 3.0)
+    sources = ["a"] * 60 + ["b"] * 60 + ["few"] * 10
+    measured = calibration(logits, labels, sources, 3.0)
+    parts = [expected_calibration_error(logits[rows], labels[rows], 3.0) for rows in (slice(60), slice(60, 120))]
+    assert measured["ece_by_source"] == pytest.approx(sum(parts) / 2)
+    assert measured["ece"] == expected_calibration_error(logits, labels, 3.0)
+    assert measured["loss"] == negative_log_likelihood(logits, labels, 3.0) < measured["loss_before"]
+    assert measured["temperature"] == 3.0
 
 
-def test_every_experts_queries_are_in_all_folds():
-    """Sorted by expert or not: no fold is left without one of its experts, and nobody's temperature is his own."""
-    logits, labels = calibrated(60, 3.0)
-    order = np.argsort(labels, kind="stable")
-    sorted_by_expert = cross_fitted_temperatures(logits[order], labels[order])
-    assert cross_fitted_temperatures(logits, labels)[order] == pytest.approx(sorted_by_expert)
-    assert len(np.unique(sorted_by_expert)) == CALIBRATION_FOLDS
-    for expert in range(3):
-        assert len(np.unique(sorted_by_expert[labels[order] == expert])) == CALIBRATION_FOLDS
+@pytest.mark.parametrize("fallback", ["doubt", "likely"])
+def test_a_doubtful_query_of_another_expert(fallback):
+    """The default expert answers a query that is hardly its own only where any doubt is enough."""
+    chances = np.array([[0.05, 0.35, 0.6], [0.35, 0.05, 0.6]])
+    (row,) = [row for row in threshold_table(np.array([2, 0]), chances, 0, fallback) if row["threshold"] == 0.7]
+    assert row["coverage"] == (0.0 if fallback == "doubt" else 0.5)
+    assert row["accuracy_with_default"] == (0.5 if fallback == "doubt" else 1.0)
 
 
 def test_temperature_changes_no_pick():
@@ -131,12 +117,3 @@ def test_report_by_source_and_threshold():
     assert table[0.5] == [1.0, 0.5, 0.5]
     assert table[0.7] == [0.5, 1.0, 0.75]  # of the other two the default expert gets one right
     assert table[0.95] == [0.0, None, 0.5]
-
-
-def test_a_temperature_that_does_not_help_is_not_used():
-    """A few queries without an error would only make a sure router unsure."""
-    labels = np.arange(30) % 3
-    sure = np.eye(3)[labels] * 8.0
-    assert fit_temperature(sure, labels) > 1.0 and useful_temperature(sure, labels) == 1.0
-    unsure = np.eye(3)[labels] * 1.0
-    assert useful_temperature(unsure, labels) == fit_temperature(unsure, labels) < 1.0
