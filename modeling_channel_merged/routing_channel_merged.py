@@ -223,7 +223,7 @@ class ExpertRoutingMixin:
         return (router_logits.float() / self.config.router.get("temperature", 1.0)).softmax(-1)
 
     def choose_experts(self, router_logits: torch.FloatTensor) -> torch.LongTensor:
-        """(B, N) logits -> (B,) experts: the pinned one; while untrained or in doubt, by `fallback`, the default one."""
+        """(B, N) logits -> (B,) experts: the pinned one; while untrained or in doubt (`fallback`), the default one."""
         default = self.config.expert_id(self.pinned_expert or self.config.router["default_expert"])
         if self.pinned_expert is not None:
             return torch.full_like(router_logits[:, 0], default, dtype=torch.int64)
