@@ -60,7 +60,7 @@ class Router:
         prompt, messages = body.get("prompt"), body.get("messages")
         if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
             inputs = self.model.router_inputs(self.tokenizer, [with_plain_text(messages)])
-            inputs = {name.removeprefix("router_"): tensor for name, tensor in inputs.items()}
+            inputs = {name.removeprefix("router_"): tensor for name, tensor in inputs.items()} | {"whole": True}
         elif isinstance(prompt, str) and prompt:
             inputs = self.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         else:
