@@ -125,10 +125,8 @@ class ExpertLora(LoraLinear):
         inputs = self._cast_input_dtype(hidden_states, self.lora_A[adapter].weight.dtype)
         delta = self.lora_B[adapter](self.lora_A[adapter](self.lora_dropout[adapter](inputs))) * self.scaling[adapter]
         if active.expert is None:
-            runs = (active.expert_index == expert).to(delta.device)  # (B,)
-            # In a batch that was flattened, each row of the batch is several.
-            runs = runs.repeat_interleave(len(delta) // len(runs))
-            delta = delta * runs.view(-1, *[1] * (delta.dim() - 1))
+            runs = (active.expert_index == expert).to(delta.device)  # (B,), or (B * T,) of a packed batch
+            delta = layers.split_batch(lambda rows, _: rows * runs.view(-1, *[1] * (rows.dim() - 1)), delta, active)
         return (output + delta).to(output.dtype)
 
 
@@ -161,6 +159,7 @@ def adapt_expert(model: nn.Module, expert: str | Path, adapter: LoraConfig | str
     expert_hash = hash_in_files(model, expert)
     if folder is not None:
         check_same_expert(folder, config, expert_hash, model)
+        expert_hash = expert_hash or config.merged_expert_hash
     values = {field.name: getattr(config, field.name) for field in fields(LoraConfig) if field.init}
     values |= {"task_type": TASK_TYPE, "target_modules": values["target_modules"] or ALL_LINEAR}
     values["inference_mode"] = False  # a saved adapter says the opposite, and would not train

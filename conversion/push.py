@@ -67,9 +67,11 @@ def push_checkpoint(
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub refused {repo_id}: {one_line(error, MAX_REFUSAL)}") from None
     except RuntimeError as error:  # as which huggingface_hub raises whatever ends the upload of a file
+        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code < 500:
+            raise ValueError(f"the Hub refused {repo_id}: {one_line(error.__cause__, MAX_REFUSAL)}") from None
         reason = one_line(error.__cause__ or error, MAX_REFUSAL)
         raise ValueError(
-            f"{repo_id} is as it was, for a file could not be sent: the same command sends what is missing ({reason})"
+            f"{repo_id} got no commit, for a file could not be sent: the same command sends what is missing ({reason})"
         ) from None
     except KeyboardInterrupt:
         logger.warning("the same command goes on with what %s does not have yet", repo_id)

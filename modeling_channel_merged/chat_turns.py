@@ -2,7 +2,7 @@
 
 The markers are derived where a checkpoint is made, and checked there by rendering conversations; they are token ids,
 as a model has no tokenizer. A turn begins where a conversation begins or where what came before it ends: a marker that
-a user types inside of a turn begins none.
+a user types inside of a turn begins none, where the template ends answers with a token of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -77,10 +77,15 @@ class ChatTurns:
             ids: the prompt's tokens, without padding.
             context: "last_user_turn" or "conversation".
         """
-        found = [(turns[0][0], place) for place, m in enumerate(self.templates) if (turns := self.find(ids, m))]
+        found = [
+            (turns[0][0], next(places(ids, m.end, turns[0][0]), None) is None, place)
+            for place, m in enumerate(self.templates)
+            if (turns := self.find(ids, m))
+        ]
         if not found:
             return None
-        markers = self.templates[min(found)[1]]  # of the template that opens first: others are typed in its turns
+        # Of the template that opens first, for others are typed in its turns; of two, the one whose turn ends.
+        markers = self.templates[min(found)[-1]]
         turns = [ids[start:stop] for start, stop in self.find(ids, markers)]
         if context == "last_user_turn":
             turns = turns[-1:]

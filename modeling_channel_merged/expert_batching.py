@@ -226,21 +226,14 @@ class ExpertBatchingManager(ContinuousBatchingManager):
         """
         if not self.is_tp_driver:
             return None
-        denial = self.background_thread_status.can_accept_new_requests()
-        if denial is not None:
-            raise RuntimeError(f"the request cannot be added: {denial}") from self.background_thread_status.fatal_error
+        self._check_accepts()
         input_ids = self._checked_prompt(input_ids)
         max_new_tokens = self._checked_length(len(input_ids), max_new_tokens)
-        if request_id is not None:
-            self._check_is_new(request_id)
         self.logit_processor.check_kwargs(logit_processor_kwargs)
         choice = self.choose_expert(input_ids, expert_index, router_input_ids)
-        if request_id is None:
-            with self._request_lock:
-                request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
         eos_token_id = self.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         state = ExpertRequestState(
-            request_id=request_id,
+            request_id=request_id or "",
             initial_tokens=input_ids,
             num_children=self.num_return_sequences - 1,
             record_timestamps=record_timestamps,
@@ -250,13 +243,24 @@ class ExpertBatchingManager(ContinuousBatchingManager):
             logit_processor_kwargs=logit_processor_kwargs,
             choice=choice,
         )
-        try:
-            self.input_queue.put(state, timeout=QUEUE_SECONDS)
-        except queue.Full:
-            waiting = self.input_queue.maxsize
-            raise RuntimeError(f"the request cannot be added: {waiting} others wait, and none has begun") from None
+        with self._request_lock:  # so that no other thread adds the same id in between
+            if request_id is None:
+                state.request_id, self._request_counter = f"req_{self._request_counter}", self._request_counter + 1
+            else:
+                self._check_is_new(request_id)
+            try:
+                self.input_queue.put(state, timeout=QUEUE_SECONDS)
+            except queue.Full:
+                waiting = self.input_queue.maxsize
+                raise RuntimeError(f"the request cannot be added: {waiting} others wait, and none has begun") from None
+        self._check_accepts()  # it may have stopped meanwhile, and nobody would answer
         self._wake_up_loop.set()
-        return request_id
+        return state.request_id
+
+    def _check_accepts(self):
+        denial = self.background_thread_status.can_accept_new_requests()
+        if denial is not None:
+            raise RuntimeError(f"the request cannot be added: {denial}") from self.background_thread_status.fatal_error
 
     def add_requests(self, inputs: list[list[int]], *args, expert_index=None, **kwargs) -> list[str]:
         """`add_request` for each of the B `inputs`, with the same options, and experts as in `generate`."""

@@ -86,8 +86,8 @@ class ExpertGenerationMixin(GenerationMixin):
                 f"the prompts have no tokens: their shape is {tuple(prompts.shape)}, expected one at least, "
                 "such as the one that begins a text (bos_token_id)"
             )
-        if expert_index is None and self.pinned_expert is not None:
-            expert_index, router_input_ids = self.pinned_expert, None
+        if self.pinned_expert is not None:
+            router_input_ids = None
         if expert_index is not None:
             # Before the batch is known: a wrong name should not wait for the inputs to be prepared.
             self.expert_ids(expert_index, None)
@@ -145,11 +145,14 @@ class ExpertGenerationMixin(GenerationMixin):
         inputs = input_ids if embeds is None else embeds
         cached = experts_of_cache(cache)
         whole = embeds is not None or call.mask_length in (None, inputs.shape[1])
+        goes_on = cached is not None and (call.is_assistant or not (whole or call.router_inputs))
+        if expert_index is None and not goes_on:
+            expert_index = self.pinned_expert
         if expert_index is None:
             check_not_filled(cache)
         if expert_index is not None:
             call.routing = RouterOutput(expert_index=self.expert_ids(expert_index, len(inputs), inputs.device))
-        elif cached is not None and (call.is_assistant or not (whole or call.router_inputs)):
+        elif goes_on:
             call.routing = RouterOutput(expert_index=cached.of_prompts(len(inputs), expand_size))
         else:
             # With inputs_embeds, `generate` hands over empty input_ids.

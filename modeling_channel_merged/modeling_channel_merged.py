@@ -243,7 +243,7 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
         for module in (embedding, head):
             if isinstance(module, ChannelIndexed):
                 resize_channels(module, size, std)
-        if head is not None and self.config.tie_word_embeddings:
+        if head is not None and self.config.text_config.tie_word_embeddings:
             # The head does not read the row of tokens that an expert lacks, and so would number its rows otherwise.
             head.channel_index = embedding.channel_index.masked_fill(head.channel_index < 0, -1)
             head.rows.out_features = embedding.num_rows

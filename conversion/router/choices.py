@@ -21,7 +21,7 @@ def choose_experts(
 
 
 def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> list[str | None]:
-    """Why the default expert answers each query, or None where the router chose; `routing` is of `route(top_k=1)`."""
+    """Why the default or a pinned expert answers each query, or None; `routing` is of `route(top_k=1)`."""
     threshold, names = model.config.router["threshold"], model.config.expert_names
     any_doubt = model.config.router["fallback"] == "doubt"
     trained, reasons, known = model.router.is_trained, [], routing.known.tolist()
@@ -29,7 +29,9 @@ def fallback_reasons(model: Any, routing: Any, attention_mask: torch.Tensor) -> 
     for number, (best, probability) in enumerate(
         zip(routing.top_experts[:, 0].tolist(), routing.top_probabilities[:, 0].tolist(), strict=True)
     ):
-        if not trained:
+        if model.pinned_expert is not None:
+            reasons.append(f"{model.pinned_expert} is pinned")
+        elif not trained:
             reasons.append("the router is untrained")
         elif not attention_mask[number].any():
             reasons.append("the router has nothing to read")

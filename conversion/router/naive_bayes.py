@@ -148,7 +148,7 @@ def count_queries(queries: Sequence[Query], router: ExpertRouter) -> CountedQuer
         sources=np.array([numbers[pair] for pair in pairs]),
         generated=np.array([query["generated"] for query in queries]),
         originals=np.array([query.get("original", number) for number, query in enumerate(queries)]),
-        num_experts=router.head.out_features,
+        num_experts=len(router.head.bias),
         num_buckets=router.num_buckets,
     )
 

@@ -187,7 +187,7 @@ class ExpertResponseHandler(ExpertHandler, ResponseHandler):
         return messages
 
     def more_arguments(self, body: dict[str, Any]) -> dict[str, Any]:
-        return {"body": body}
+        return {"body": {}}  # it would only echo what is ignored here, unchecked
 
     def completed(self, content: dict[str, Any], question: Question, limits: GenerationConfig) -> dict[str, Any]:
         response = content.get("response", content)

@@ -64,7 +64,8 @@ def known_fields(body: dict[str, Any], known: Collection[str]) -> dict[str, Any]
         if name in known:
             fields[name] = value
         elif name not in CANNOT:
-            raise RequestError(f"unknown field {name[:100]!r}", param=name[:100], code="unknown_parameter")
+            param = name[:100].encode(errors="replace").decode()  # JSON can hold lone surrogates
+            raise RequestError(f"unknown field {param!r}", param=param, code="unknown_parameter")
         elif value not in CANNOT[name]:
             raise RequestError(
                 f"{name} cannot be used with this server: leave it out", param=name, code="unsupported_parameter"
@@ -126,6 +127,9 @@ def check_messages(messages: Any, param: str) -> None:
                 raise RequestError(f"{place}.content is {part.get('text')!r:.100}, expected text", param=place)
 
 
-def with_known_roles(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+def with_known_roles(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Role and content of each message, by the role's older name."""
-    return [{**message, "role": SAME_ROLES.get(message["role"], message["role"])} for message in messages]
+    return [
+        {"role": SAME_ROLES.get(message["role"], message["role"]), "content": message["content"]}
+        for message in messages
+    ]

@@ -50,9 +50,13 @@ def sampling_arguments(config: GenerationConfig, seed: int) -> dict[str, Any]:
     """What a request says to `request_processors`: nothing if it is greedy."""
     if not config.do_sample:
         return {}
-    arguments = {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    return {**arguments, "temperature": max(arguments.get("temperature", 1.0), MIN_TEMPERATURE), "seed": seed}
+    temperature = 1.0 if config.temperature is None else config.temperature
+    arguments = {"temperature": float(max(temperature, MIN_TEMPERATURE)), "seed": seed}
+    if config.top_p is not None:
+        arguments["top_p"] = float(config.top_p)
+    if config.top_k:  # 0: all tokens, where continuous batching takes it for 1
+        arguments["top_k"] = config.top_k
+    return arguments
 
 
 class _OnlyWhereAsked:
@@ -76,7 +80,8 @@ class _Temperature(_OnlyWhereAsked, ContinuousBatchingTemperatureLogitsWarper):
 
 
 class _TopK(_OnlyWhereAsked, ContinuousBatchingTopKLogitsWarper):
-    pass
+    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> torch.Tensor:
+        return super().prepare_tensor_args(requests_with_new_token).clamp(max=self.top_k)  # the vocabulary's size
 
 
 class _TopP(_OnlyWhereAsked, ContinuousBatchingTopPLogitsWarper):

@@ -403,7 +403,7 @@ def test_a_push_that_failed_goes_on_with_what_is_missing(hub, run, merged):
     failed, (_, _, revision), done = (line.split() for line in output.splitlines())
     assert (failed, done) == (["2"], ["0"])
     (line,) = [line for line in errors.splitlines() if line.startswith("Error")]
-    assert line.startswith("Error: me/merged is as it was") and "the same command sends what is missing" in line
+    assert line.startswith("Error: me/merged got no commit") and "the same command sends what is missing" in line
     assert "Traceback" not in errors
     assert [commit for commit, _ in hub.commits["me/merged"]][1:] == [revision]
     assert hub.count("PUT large") == 3

@@ -297,7 +297,7 @@ class TestManager:
                 manager.add_request(prompts[0], typical=1)
         assert [outputs[request_id].generated_tokens for request_id in ids] == expected
 
-    def test_tokens_that_an_expert_does_not_have(self):
+    def test_tokens_that_an_expert_does_not_have(self, no_end):
         model, prompts = small_model(), random_prompts(8)
         head = model.model.lm_head
         head.channel_index = head.channel_index.index_fill(1, torch.arange(40, 99), -1).where(

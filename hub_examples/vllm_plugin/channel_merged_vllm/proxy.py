@@ -7,6 +7,7 @@ the name of its own chat template, where the checkpoint has any.
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import uvicorn
@@ -69,15 +71,16 @@ class Router:
         expert = int(routing.expert_index[0])
         return Choice(self.config.expert_names[expert], float(routing.probabilities[0, expert]))
 
-    def settings(self, expert: str, chat: bool) -> dict[str, Any]:
-        """What a request to an expert says to vLLM beside its name, where the client does not say it."""
-        settings = {}
-        if self.config.expert_eos_token_ids is not None:
+    def completed(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """A request to an expert, with what vLLM must be told beside its name."""
+        expert, ends = fields["model"], self.config.expert_eos_token_ids
+        stops = fields.get("stop_token_ids") or []
+        if ends is not None and not fields.get("ignore_eos") and isinstance(stops, list):
             # Else vLLM ends at those of all experts together.
-            settings |= {"ignore_eos": True, "stop_token_ids": self.config.expert_eos_token_ids[expert]}
-        if chat and expert in self.templates:
-            settings["chat_template"] = expert
-        return settings
+            fields = {**fields, "ignore_eos": True, "stop_token_ids": [*ends[expert], *stops]}
+        if "messages" in fields and expert in self.templates:
+            fields = {"chat_template": expert, **fields}
+        return fields
 
 
 def with_plain_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,7 +89,7 @@ def with_plain_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def plain(content: Any) -> Any:
         if not isinstance(content, list):
             return content
-        return "\n".join(part.get("text", "") for part in content if isinstance(part, dict))
+        return "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
 
     return [{**message, "content": plain(message.get("content"))} for message in messages]
 
@@ -131,10 +134,18 @@ def make_app(router: Router, upstream: httpx.AsyncClient) -> FastAPI:
         outgoing = upstream.build_request(
             request.method, request.url.path, params=request.query_params, headers=sent, content=body
         )
+        sending = asyncio.ensure_future(upstream.send(outgoing, stream=True))
+        gone = asyncio.ensure_future(request.receive())  # the body is read: the next message is http.disconnect
         try:
-            answer = await upstream.send(outgoing, stream=True)
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not sending.done():
+                return Response(status_code=499)
+            answer = sending.result()
         except httpx.TransportError as reason:
             return error(502, f"vLLM at {upstream.base_url} does not answer: {type(reason).__name__} {reason}")
+        finally:
+            gone.cancel()
+            sending.cancel()  # nothing where it is done
         received = {name: value for name, value in answer.headers.items() if name not in HOP_HEADERS}
         return StreamingResponse(pieces(answer), answer.status_code, received | headers)
 
@@ -168,9 +179,9 @@ def make_app(router: Router, upstream: httpx.AsyncClient) -> FastAPI:
             except (ValueError, TemplateError) as reason:
                 return error(400, str(reason))
             fields["model"] = choice.expert
-            headers = {"x-expert": choice.expert, "x-expert-probability": f"{choice.probability:.4f}"}
+            headers = {"x-expert": quote(choice.expert), "x-expert-probability": f"{choice.probability:.4f}"}
         if fields.get("model") in router.config.expert_names:
-            fields = router.settings(fields["model"], chat="messages" in fields) | fields
+            fields = router.completed(fields)
         return await forward(request, json.dumps(fields).encode(), headers)
 
     app.post("/v1/chat/completions")(complete)
@@ -196,7 +207,11 @@ def main():
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         router = Router(arguments.checkpoint)
-        upstream = httpx.AsyncClient(base_url=arguments.upstream, timeout=httpx.Timeout(10, read=None, pool=None))
+        upstream = httpx.AsyncClient(
+            base_url=arguments.upstream,
+            timeout=httpx.Timeout(10, read=None, pool=None),
+            limits=httpx.Limits(max_connections=None),
+        )
     except (OSError, ValueError, httpx.InvalidURL) as reason:
         sys.exit(f"channel-merged-proxy: {' '.join(str(reason).split())}")
     if not router.model.router.is_trained:
