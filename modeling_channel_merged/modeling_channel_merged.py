@@ -124,6 +124,8 @@ class ChannelMergedPreTrainedModel(ExpertRoutingMixin, TensorParallelMixin, PreT
         for module in self.channel_modules().values():
             if not (module.channel_index.is_meta or getattr(module.channel_index, "_is_hf_initialized", False)):
                 module.reset_channel_index()
+                if isinstance(module, ChannelMergedLinear):
+                    module.derive()  # here, for an export that traces finds no values
         super().initialize_weights()
 
     def _init_weights(self, module: nn.Module):

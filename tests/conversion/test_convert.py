@@ -424,7 +424,7 @@ def test_the_cards_example_runs(make_experts, write_recipe, tmp_path, capsys):
     example = card.split("```python\n")[1].split("```")[0]
     assert "path/or/repository" in example
     exec(example.replace("path/or/repository", str(tmp_path / "out")), {})
-    assert "Your prompt" in capsys.readouterr().out
+    assert "What is 17 + 25?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("relative", [True, False])

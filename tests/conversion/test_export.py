@@ -108,6 +108,7 @@ def test_export_carries_the_tokenizer_and_nothing_of_the_merge(stored, tmp_path)
     export_expert(stored.folder, "math", tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         ".channel-merge.json",
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",
