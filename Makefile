@@ -11,11 +11,12 @@ OLDEST_TESTS := $(addprefix tests/,modeling_channel_merged/test_saving_and_loadi
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-quantized test-vllm test-tools lint format clean bench bench-conversion bench-quality bench-quality-real
+.PHONY: help demo test test-slow test-oldest test-quantized test-vllm test-tools lint format clean bench bench-conversion bench-quality bench-quality-real
 
 help:
 	@echo 'make demo    convert four shipped experts, train the router, measure and answer prompts'
-	@echo 'make test    run all tests; make test-quantized those of quantized rows, with torchao'
+	@echo 'make test    run the tests; make test-slow those of more than ten seconds'
+	@echo 'make test-quantized   those of quantized rows, with torchao'
 	@echo 'make test-tools   those with TRL, ONNX and the converter of llama.cpp'
 	@echo 'make test-vllm   the vLLM plugin on a CPU: mixed batches, prefix cache, two ranks, server (under ten minutes)'
 	@echo 'make test-oldest   a few tests with the oldest Transformers that works, and the syntax of each Python at hand'
@@ -31,7 +32,10 @@ demo: $(DEMO_VENV)/installed
 
 # One thread a worker: the models are tiny, and the workers share the cores.
 test: $(TEST_VENV)/installed
-	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(TEST_VENV)/installed
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) -m slow $(PYTEST_ARGS)
 
 # What a model goes through: made, saved, loaded, routed, generating. And each Python that is at hand reads every file.
 test-oldest: $(OLDEST_VENV)/installed

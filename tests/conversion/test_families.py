@@ -323,6 +323,7 @@ def run_with_hidden_states(model: PreTrainedModel):
     return output, seen[0]
 
 
+@pytest.mark.slow
 def test_saved_models_load_without_this_package(families, tmp_path, without_package):
     """Invariant 5: converted, loaded, saved, loaded in a fresh offline process: the same logits and routing."""
     folders = {name: str(family.routed) for name, family in families.items()}

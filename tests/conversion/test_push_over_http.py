@@ -365,6 +365,7 @@ def with_other_weights(folder: Path, copy: Path) -> Path:
     return copy
 
 
+@pytest.mark.slow
 def test_what_was_pushed_loads_by_its_revision(hub, run, merged, tmp_path, without_package):
     """Through a server that once fails and once drops the connection within a file; and from there `push_to_hub`.
 

@@ -467,6 +467,7 @@ def test_texts_longer_than_the_model_are_cut(make_merged, tmp_path, write_jsonl,
     assert "1 of 12 texts have more than 64 tokens" in caplog.text and record["experts"]["e0"]["texts"] == 2
 
 
+@pytest.mark.slow
 def test_two_processes(make_merged, tmp_path, run_on_two_processes):
     """`torchrun` on two CPU processes: one asks the teachers, both train, one speaks and saves."""
     make_merged()

@@ -343,6 +343,7 @@ def assert_one_clear_error(done: subprocess.CompletedProcess) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="has no limit of file sizes")
 def test_a_file_size_limit_is_one_clear_error(recipe, whole, work):
     def limit():
@@ -369,6 +370,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error(recipe, whole, small_disk):
     """And once there is more room, the same command finishes what it began."""
     done = command_line(recipe, small_disk / "out")
@@ -380,6 +382,7 @@ def test_a_full_disk_is_one_clear_error(recipe, whole, small_disk):
     assert contents(small_disk / "out") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root cannot write to")
 def test_a_read_only_target_is_one_clear_error(recipe):
     done = command_line(recipe, Path("/proc/self/out"))

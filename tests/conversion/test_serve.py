@@ -114,6 +114,7 @@ def test_sigterm_lets_answers_be_finished(start):
     assert process.wait(60) == 0 and "the server has stopped" in rest and "Traceback" not in rest
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_when_the_time_is_over(start):
     process, client = start("--grace", "0")
     with client:

@@ -305,6 +305,7 @@ def test_without_matplotlib(train, tmp_path, monkeypatch, caplog):
     assert "router_confusion.png" not in (tmp_path / "routed" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes(stored, tmp_path, router_rows, write_jsonl, run_on_two_processes):
     """`torchrun` on two CPU processes: both train on their share, and one of them speaks and saves."""
     data = write_jsonl(tmp_path / "train.jsonl", router_rows(90, seed=0))

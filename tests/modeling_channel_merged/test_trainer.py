@@ -195,6 +195,7 @@ def test_early_stopping_keeps_the_best(make_trainer):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(evaluations), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_is_close_to_float32(make_trainer, eval_dataset):
     """Autocast reaches the trunk alone: the router's parameters, logits and loss stay float32."""
     trainer = make_trainer(bf16=True)
