@@ -21,6 +21,7 @@ from conversion.io.wording import one_line
 
 logger = logging.getLogger(__name__)
 
+LASTING = (401, 403, 413)  # answers that the same command would get again
 MAX_REFUSAL = 1000  # characters: the Hub's advice stands at the end
 GIT_ATTRIBUTES = ".gitattributes"  # the Hub's own: which files are large
 # Also what the Trainer keeps beside a model: its state for going on, with pickles and local paths, and its logs.
@@ -67,7 +68,7 @@ def push_checkpoint(
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub refused {repo_id}: {one_line(error, MAX_REFUSAL)}") from None
     except RuntimeError as error:  # as which huggingface_hub raises whatever ends the upload of a file
-        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code < 500:
+        if isinstance(error.__cause__, HfHubHTTPError) and error.__cause__.response.status_code in LASTING:
             raise ValueError(f"the Hub refused {repo_id}: {one_line(error.__cause__, MAX_REFUSAL)}") from None
         reason = one_line(error.__cause__ or error, MAX_REFUSAL)
         raise ValueError(
