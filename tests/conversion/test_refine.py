@@ -610,7 +610,7 @@ def test_variants_are_no_longer_than_their_texts(make_merged, tmp_path, write_js
 def test_the_routers_evaluation_stays_while_it_routes_as_before(make_merged, tmp_path):
     """Files and section of the router's evaluation are kept where no prompt moves, and left out where some do."""
     recipe = make_merged()
-    router = {"threshold": 0.0, "temperature": 1.0, "default_expert": "e0"}
+    router = {"threshold": 0.0, "temperature": 1.0, "default_expert": "e0", "fallback": "doubt"}
     evaluation = evaluate_router(np.eye(3)[[0, 1, 2]], np.arange(3), ["eval"] * 3, NAMES, router)
     evaluation["training"] = {"queries": 9, "train_data": ["train.jsonl"], "eval_data": ["eval.jsonl"]}
     (tmp_path / "merged" / "router_eval.json").write_text(json.dumps(evaluation))
