@@ -165,7 +165,7 @@ distance of its own from the base's. 0 % is the expert itself, 100 % as far from
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 checkpoint, revision = "path/or/repository", "main"  # on the Hub, pin the commit that you have read
-tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision, padding_side="left", trust_remote_code=False)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision, padding_side="left", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, revision=revision, dtype="auto", trust_remote_code=True)
 
 {inputs_snippet(chat)}

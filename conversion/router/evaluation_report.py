@@ -68,7 +68,7 @@ def calibration_summary(calibration: dict[str, Any]) -> str:
     """The calibration in a clause."""
     if calibration["ece"] is None:
         return (
-            f"temperature {calibration['temperature']:.3g}, no calibration error: fewer than "
+            f"temperature {calibration['temperature']:.3g}, calibration error not measured: fewer than "
             f"{MIN_CALIBRATION_QUERIES} queries"
         )
     by_source = calibration["ece_by_source"]
@@ -125,25 +125,30 @@ def plot_confusion(metrics: dict[str, Any], file: str | Path) -> None:
 
 
 def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
-    """The model card's section about the router, in Markdown."""
-    calibration = metrics["calibration"]
+    """The model card's section about the router, in Markdown; of evaluations of older checkpoints as well."""
+    calibration, training = metrics["calibration"], metrics["training"]
     error = (
         f"They are too few (at least {MIN_CALIBRATION_QUERIES} are needed) to say how far off the probabilities are."
         if calibration["ece"] is None
         else f"On the evaluation queries the expected calibration error ({calibration['bins']} bins) is "
         f"{calibration['ece']:.3f}, without a temperature {calibration['ece_before']:.3f}."
     )
+    in_doubt = (
+        f"Where the default expert is itself more probable than {1 - metrics['threshold']:g}, it"
+        if metrics.get("fallback") == "likely"
+        else f"Below a probability of {metrics['threshold']:g} the default expert"
+    )
     threshold = (
-        f"Where the default expert is itself more probable than {1 - metrics['threshold']:g}, it answers "
-        "(`config.router['threshold']`)."
+        f"{in_doubt} answers (`config.router['threshold']`)."
         if metrics["threshold"]
         else "Its pick always answers; a threshold in `config.router['threshold']` would hand doubtful queries to the "
         "default expert:"
     )
-    generated = metrics["training"].get("generated_queries")
+    generated = training.get("generated_queries")
+    fitted_to = training.get("temperature_from", "the evaluation queries, with cross-fitted errors")
     parts = [
         ROUTER_SECTION,
-        f"The router was trained on {metrics['training']['queries']:,} queries"
+        f"The router was trained on {training['queries']:,} queries"
         + (f" and {generated:,} generated ones" if generated else "")
         + f". It sends {metrics['accuracy']:.1%} of "
         f"{metrics['queries']:,} evaluation queries to the right expert (mean of the experts' recalls "
@@ -152,7 +157,7 @@ def card_section(metrics: dict[str, Any], has_plot: bool) -> str:
         *([f"![Queries by right and picked expert]({PLOT_FILE})"] if has_plot else []),
         markdown.table(*source_rows(metrics)),
         f"Its logits are divided by a temperature of {calibration['temperature']:.3g}, which was fitted to "
-        f"{metrics['training']['temperature_from']}. {error} {threshold}",
+        f"{fitted_to}. {error} {threshold}",
         markdown.table(*threshold_rows(metrics)),
     ]
     return "\n\n".join(parts)

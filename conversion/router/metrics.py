@@ -159,6 +159,7 @@ def evaluate_router(
         "sources": source_table(labels, picked, chances.max(-1), sources, names),
         "calibration": calibration(logits, labels, sources, temperature),
         "threshold": router["threshold"],
+        "fallback": router["fallback"],
         "thresholds": threshold_table(labels, chances, names.index(router["default_expert"]), router["fallback"]),
     }
 

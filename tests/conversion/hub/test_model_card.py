@@ -185,7 +185,7 @@ def test_the_body_comes_from_the_run(card_of, tmp_path):
     for heading in ("## Use", "## How it was made", "## Limits", "## Citation"):
         assert heading in card.text
     loading = {line.split()[0]: line for line in card.text.splitlines() if ".from_pretrained(checkpoint" in line}
-    assert "revision=revision" in loading["tokenizer"] and "trust_remote_code=False" in loading["tokenizer"]
+    assert "revision=revision" in loading["tokenizer"] and "trust_remote_code=True" in loading["tokenizer"]
     assert "revision=revision" in loading["model"] and "trust_remote_code=True" in loading["model"]
     (line,) = [line for line in card.text.splitlines() if line.startswith("| `e1` | `")]
     share = float(line.split("|")[-2].strip().removesuffix("%"))

@@ -23,7 +23,7 @@ def test_too_few_queries_to_measure_calibration():
         **{"temperature": 1.0, "bins": NUM_BINS},
         **dict.fromkeys(("ece_before", "ece", "ece_by_source", "loss_before", "loss")),
     }
-    assert "no calibration error: fewer than 50 queries" in summary(few)
+    assert "calibration error not measured: fewer than 50 queries" in summary(few)
     assert "too few (at least 50 are needed)" in card_section(few, has_plot=False)
     enough = metrics_of(logits, labels)
     assert f"calibration error {enough['calibration']['ece']:.3f} (" in summary(enough)
