@@ -166,7 +166,7 @@ class StagedFolder:
         _sync(self.target.parent)
         shutil.rmtree(self.target / JOURNAL_FOLDER, ignore_errors=True)
         if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove_model(replaced)
 
     def _move_in(self) -> None:
         """Exchange the target's files for those of the staged folder."""
@@ -187,7 +187,7 @@ class StagedFolder:
                 _move_in(self.target, path)
         for path in _leftovers(self.target, "replaced"):
             if (self.target / CONFIG_FILE).is_file():
-                shutil.rmtree(path)
+                _remove_model(path)
             elif not self.target.exists():  # killed between two renames: the old folder is still the best there is
                 os.rename(path, self.target)
             else:
@@ -341,7 +341,13 @@ def _move_in(target: Path, folder: Path) -> None:
         os.replace(path, target / path.name)
     _sync(target)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove_model(replaced)
+
+
+def _remove_model(folder: Path) -> None:
+    """Remove an old model, first what makes it load: stopped halfway, it is none."""
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
