@@ -280,9 +280,10 @@ class TensorParallelMixin:
         return loaded
 
     @classmethod
-    def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
         """Part of loading: what cannot be split is refused before any weights are read."""
-        tp_size, pp_size = distributed_config.tp_size, distributed_config.pp_size
+        # Transformers before 5.20 gives None where nothing is to be split, and has no pp_size.
+        tp_size, pp_size = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
         if pp_size > 1:
             raise ValueError(f'pp_size is {pp_size}, expected 1: split the blocks with device_map="auto"')
         if tp_size > 1:
@@ -290,7 +291,7 @@ class TensorParallelMixin:
                 if (value := getattr(distributed_config, name, None) or 1) > 1:
                     raise ValueError(f"{name} is {value} beside tp_size, expected one way to split the model")
             check_styles(model, model.channel_styles, tp_size)
-        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def plan_channels(self):
         """What each channel-merged module does if the model is split, and how Transformers then reads its tensors."""
