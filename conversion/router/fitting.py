@@ -39,8 +39,7 @@ def fit_router(
     """
     names, router, vocabulary = model.config.expert_names, model.config.router, plain_tokens(tokenizer)
     router |= {**ROUTER_FORM, "vocabulary": len(vocabulary)}
-    model.router = make_router(model.config)
-    model.router.plain_tokens.copy_(vocabulary)
+    new_router(model, vocabulary)
     data = count_queries(queries, model.router)
     held_out = data.cross_validated()
     mislabelled = likely_mislabelled(data, held_out)
@@ -54,8 +53,7 @@ def fit_router(
     share = UNMEASURED_SHARE if doubt is None else doubt.trunk_share
     if share == 0:
         router["features"] = "words"
-        model.router = make_router(model.config)
-        model.router.plain_tokens.copy_(vocabulary)
+        new_router(model, vocabulary)
     logger.info("trunk features have %g times the say of the n-grams", share)
     head, bias = trunk.head(data, ~mislabelled)
     factor = trunk_scale(share, data.logits(weights, chosen), trunk.logits((head, bias), chosen))
@@ -69,3 +67,9 @@ def fit_router(
         return "what other routers needed on sources that they had not seen, for too few experts here have two sources"
     router |= {"temperature": doubt.temperature, "min_known": doubt.min_known}
     return f"training queries of {len(set(doubt.sources))} sources, each left out in turn"
+
+
+def new_router(model: PreTrainedModel, vocabulary: torch.Tensor):
+    """Give the model the router that its config describes, with the plain tokens of its vocabulary."""
+    model.router = make_router(model.config)
+    model.router.plain_tokens.copy_(vocabulary)
